@@ -1,0 +1,24 @@
+// What runs guest mode, behind one small interface.
+#pragma once
+
+#include <memory>
+
+#include "x86/cpu.h"
+
+namespace anykvm::engine {
+
+/// One engine per vCPU. It runs on the thread that calls run(), allocates nothing there and takes no lock.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+
+  /// Executes guest instructions from cpu.state until cpu.exit.kind is not none, delivering the exceptions that they
+  /// raise. Pending interrupts are the caller's: it sets Cpu::attention to be returned to. State is precise on return.
+  virtual void run(x86::Cpu& cpu) = 0;
+
+  virtual const char* name() const = 0;
+};
+
+std::unique_ptr<Engine> make_interpreter();
+
+}  // namespace anykvm::engine

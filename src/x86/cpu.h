@@ -1,0 +1,201 @@
+// One x86 CPU: its state, its MMU, its machine, and the architecture's operations on them. Engines execute with these;
+// each operation is defined in the file of its subject.
+#pragma once
+
+#include <atomic>
+
+#include "x86/machine.h"
+#include "x86/mmu.h"
+#include "x86/result.h"
+#include "x86/state.h"
+
+namespace anykvm::x86 {
+
+/// A memory access that left RAM. Reads are answered by the client one fragment (<= 8 bytes) an exit; the instruction
+/// then starts again and finds the bytes it already has, in the order in which it asks. Writes are queued, and the
+/// instruction is complete: the vCPU hands the queue to the client one exit at a time before the guest goes on.
+class MmioPort {
+ public:
+  struct Fragment {
+    Gpa gpa;
+    u8 length;  ///< 1..8
+    u8 data[8];
+  };
+  static constexpr unsigned max_read_bytes = 4096, max_writes = 520;
+
+  /// Engine side.
+  void begin_instruction() { read_position_ = 0; }                ///< (re)start: reads are replayed from the first
+  void retire_instruction() { read_size_ = read_position_ = 0; }  ///< reads are consumed
+  bool replies_pending() const { return read_size_ != 0; }
+  /// The reply to the next read, or false with `wanted` set to what the client must answer.
+  bool take_read(Gpa gpa, void* data, unsigned length);
+  bool queue_write(Gpa gpa, const void* data, unsigned length);
+
+  /// vCPU side.
+  const Fragment& wanted() const { return wanted_; }
+  void reply(const void* data);  ///< answers wanted()
+  bool has_writes() const { return write_next_ != write_count_; }
+  const Fragment& next_write() const { return writes_[write_next_]; }
+  void pop_write() {
+    if (++write_next_ == write_count_) write_next_ = write_count_ = 0;
+  }
+  void reset() { read_size_ = read_position_ = write_next_ = write_count_ = 0; }
+
+ private:
+  Fragment wanted_{};
+  u32 read_size_ = 0, read_position_ = 0, write_next_ = 0, write_count_ = 0;
+  u8 read_data_[max_read_bytes];
+  Fragment writes_[max_writes];
+};
+
+/// A memory operand that an instruction is run against: guest RAM itself, or a bounce buffer when the operand crosses
+/// a page or lies in MMIO. See Cpu::open_operand.
+struct Operand {
+  u8* host = nullptr;  ///< run the instruction on this
+  Gva gva = 0;
+  unsigned size = 0;
+  bool bounced = false;
+  alignas(64) u8 buffer[64];
+};
+
+class Cpu {
+ public:
+  explicit Cpu(Machine& machine);
+  Cpu(const Cpu&) = delete;
+  Cpu& operator=(const Cpu&) = delete;
+
+  /// Not 0: an engine must return with ExitKind::attention at the next instruction boundary. Any thread may set it.
+  std::atomic<u32> attention{0};
+  /// struct kvm_run's immediate_exit; an engine looks at it at least once per taken branch. Never null.
+  const volatile u8* immediate_exit;
+
+  CpuState state;
+  Mmu mmu;
+  Machine& machine;
+  Fault fault;
+  Exit exit;
+  MmioPort mmio;
+  /// The client's answer to a port read: `pio_reply_bytes` bytes at `pio_reply`, consumed by the restarted instruction.
+  const u8* pio_reply = nullptr;
+  u32 pio_reply_bytes = 0;
+  u64 instructions = 0;  ///< retired
+
+  // --- rights of data accesses; kept by update_mode() -----------------------------------------------------------
+  Privilege data_privilege = Privilege::supervisor_ac;    ///< explicit accesses at the current CPL and AC
+  Privilege system_privilege = Privilege::supervisor_ac;  ///< implicit supervisor accesses
+  /// Recomputes code_bits, cpl-derived rights and whatever else follows from CR0, CR4, EFER, CS, SS and RFLAGS.AC/VM.
+  /// Call after any change of those.
+  void update_mode();
+
+  // --- memory (x86/access.cpp) ----------------------------------------------------------------------------------
+  /// Linear addresses; segmentation is applied before (linear()). Little-endian, any alignment, crossing pages, MMIO.
+  /// A store has either happened whole or not at all when it faults.
+  Result read(Gva gva, void* data, unsigned size) { return read_as(gva, data, size, data_privilege); }
+  Result write(Gva gva, const void* data, unsigned size) { return write_as(gva, data, size, data_privilege); }
+  Result read_as(Gva gva, void* data, unsigned size, Privilege privilege) {
+    if (const u8* host = mmu.lookup(gva, size, Access::read, privilege)) {
+      __builtin_memcpy(data, host, size);
+      return Result::ok;
+    }
+    return read_slow(gva, data, size, privilege);
+  }
+  Result write_as(Gva gva, const void* data, unsigned size, Privilege privilege) {
+    if (u8* host = mmu.lookup(gva, size, Access::write, privilege)) {
+      __builtin_memcpy(host, data, size);
+      return Result::ok;
+    }
+    return write_slow(gva, data, size, privilege);
+  }
+  template <class T>
+  Result read(Gva gva, T& value) {
+    return read(gva, &value, sizeof value);
+  }
+  template <class T>
+  Result write(Gva gva, const T& value) {
+    return write(gva, &value, sizeof value);
+  }
+
+  /// Opens [gva, gva + size), size <= 64, for an instruction that runs on host memory. access says what it does;
+  /// read_write checks for write and preloads a bounce buffer. After the instruction, close_operand() commits a
+  /// bounce buffer that was written (it cannot fault: open checked every page).
+  enum class Use : u8 { read, write, read_write };
+  Result open_operand(Gva gva, unsigned size, Use use, Operand& operand) {
+    operand.gva = gva, operand.size = size;
+    operand.bounced = false;
+    operand.host = mmu.lookup(gva, size, use == Use::read ? Access::read : Access::write, data_privilege);
+    return operand.host ? Result::ok : open_operand_slow(use, operand);
+  }
+  void close_operand(Operand& operand, Use use) {
+    if (operand.bounced && use != Use::read) commit_operand(operand);
+  }
+
+  /// Linear address of offset in a segment: adds the base, checks limit, type and presence outside 64-bit mode and
+  /// canonical form inside. fault: #GP(0), or #SS(0) for the stack segment.
+  Result linear(SegmentName segment, u64 offset, unsigned size, Access access, Gva& out);
+
+  // --- faults (x86/exceptions.cpp) --------------------------------------------------------------------------------
+  Result raise(u8 vector);             ///< fault without an error code
+  Result raise(u8 vector, u32 error);  ///< fault with an error code
+  Result raise_page_fault(Gva gva, u32 error);
+  Result gp() { return raise(exception::gp, 0); }
+  Result ud() { return raise(exception::ud); }
+
+  /// Delivers Cpu::fault (raised by the instruction at RIP, or a trap behind it) through the IDT or IVT; handles the
+  /// double fault. exit: shutdown, or the delivery itself needs the client.
+  Result deliver_fault();
+  /// Delivers an external interrupt or NMI now; the caller has checked that it may.
+  Result deliver_interrupt(u8 vector);
+  Result deliver_nmi();
+  /// INT n / INT3 / INTO / INT1, RIP behind the instruction given.
+  Result software_interrupt(u8 vector, u64 next_rip);
+  Result iret(unsigned operand_bytes);
+
+  // --- control transfer and segments (x86/segmentation.cpp) -------------------------------------------------------
+  Result load_segment(SegmentName segment, u16 selector);  ///< MOV Sreg, POP Sreg, LDS ...
+  Result far_jump(u16 selector, u64 offset, unsigned operand_bytes);
+  Result far_call(u16 selector, u64 offset, unsigned operand_bytes, u64 next_rip);
+  Result far_return(unsigned operand_bytes, u16 pop_bytes);
+  Result load_ldtr(u16 selector);
+  Result load_tr(u16 selector);
+  Result syscall(u64 next_rip);
+  Result sysret(unsigned operand_bytes);
+  Result sysenter(u64 next_rip);
+  Result sysexit(unsigned operand_bytes);
+  /// LAR, LSL, VERR, VERW: whether the selector passes; sets nothing but value.
+  Result probe_selector(u16 selector, u8 which, bool& ok, u32& value);
+
+  // --- control, debug and model-specific registers (x86/control_registers.cpp, x86/msr.cpp) ----------------------
+  Result write_cr(unsigned index, u64 value);
+  Result read_cr(unsigned index, u64& value);
+  Result write_dr(unsigned index, u64 value);
+  Result read_dr(unsigned index, u64& value);
+  Result write_xcr(u32 index, u64 value);
+  Result read_msr(u32 index, u64& value);  ///< RDMSR after the CPL check
+  Result write_msr(u32 index, u64 value);  ///< WRMSR after the CPL check
+  u64 tsc() const;                         ///< the guest's
+
+  /// RFLAGS as POPF/IRET-like instructions may change them: bits in mask come from value. Tells the machine when a
+  /// held-back interrupt may now be taken.
+  void write_rflags(u64 value, u64 mask);
+
+  // --- FPU state (x86/xsave.cpp) ----------------------------------------------------------------------------------
+  /// XSAVE-format images in guest memory, rights and alignment checked by the caller.
+  Result fxsave(Gva gva, bool rex_w);
+  Result fxrstor(Gva gva, bool rex_w);
+  enum class Xsave : u8 { xsave, xsaveopt, xsavec, xsaves };
+  Result xsave(Gva gva, u64 mask, Xsave form, bool rex_w);
+  Result xrstor(Gva gva, u64 mask, bool supervisor, bool rex_w);
+
+  // --- reset and requests -----------------------------------------------------------------------------------------
+  void reset();                   ///< power-on state
+  void init();                    ///< INIT: what survives it survives
+  void start_up(u8 sipi_vector);  ///< SIPI: real mode at vector << 12
+
+ private:
+  Result read_slow(Gva gva, void* data, unsigned size, Privilege privilege);
+  Result write_slow(Gva gva, const void* data, unsigned size, Privilege privilege);
+  Result open_operand_slow(Use use, Operand& operand);
+  void commit_operand(Operand& operand);
+};
+
+}  // namespace anykvm::x86
