@@ -1,0 +1,24 @@
+# One test program per room of tests/, which mirrors src/: tests/irqchip/*.cpp becomes irqchip_tests, one ctest entry per case.
+# tests/system holds scripts that drive the built command; its own CMakeLists.txt registers them.
+
+find_package(GTest REQUIRED)
+include(GoogleTest)
+
+file(GLOB TEST_ROOMS RELATIVE ${CMAKE_SOURCE_DIR}/tests CONFIGURE_DEPENDS tests/*)
+list(REMOVE_ITEM TEST_ROOMS system clients)
+foreach(room ${TEST_ROOMS})
+  file(GLOB_RECURSE TEST_SOURCES CONFIGURE_DEPENDS tests/${room}/*.cpp tests/${room}/*.S)
+  if(TEST_SOURCES MATCHES "_test\\.cpp")
+    add_executable(${room}_tests ${TEST_SOURCES})
+    if(TARGET anykvm_vmm AND room MATCHES "^(vmm|tools)$")
+      target_link_libraries(${room}_tests anykvm_vmm)
+    endif()
+    target_link_libraries(${room}_tests anykvm_objects GTest::gmock GTest::gtest_main)
+    target_include_directories(${room}_tests PRIVATE tests)
+    gtest_discover_tests(${room}_tests DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 120 LABELS "unit;${room}")
+  endif()
+endforeach()
+
+if(EXISTS ${CMAKE_SOURCE_DIR}/tests/system/CMakeLists.txt)
+  add_subdirectory(tests/system)
+endif()
