@@ -78,6 +78,8 @@ class Cpu {
   /// The client's answer to a port read: `pio_reply_bytes` bytes at `pio_reply`, consumed by the restarted instruction.
   const u8* pio_reply = nullptr;
   u32 pio_reply_bytes = 0;
+  /// Where OUT and OUTS put their bytes before ExitKind::pio (4096 bytes; set by the vCPU, never null while running).
+  u8* pio_data = nullptr;
   u64 instructions = 0;  ///< retired
 
   // --- rights of data accesses; kept by update_mode() -----------------------------------------------------------
