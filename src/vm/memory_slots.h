@@ -1,0 +1,62 @@
+// The guest-physical address space: which part of the client's memory is guest RAM where, and the dirty log.
+// Reference: api.rst 4.35 KVM_SET_USER_MEMORY_REGION, 4.8 KVM_GET_DIRTY_LOG.
+//
+// Readers take an immutable snapshot without a lock. A change publishes a new one, then has every vCPU drop the host
+// pointers it holds; only when each has done so is the old snapshot freed and the ioctl returns, so that the client may
+// unmap the memory at once.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "anykvm/kvm.h"
+#include "x86/machine.h"
+#include "x86/types.h"
+
+namespace anykvm::vm {
+
+struct MemorySlot {
+  Gfn base_gfn = 0;
+  u64 pages = 0;
+  u8* host = nullptr;
+  u32 id = 0;
+  u32 flags = 0;  ///< KVM_MEM_READONLY, KVM_MEM_LOG_DIRTY_PAGES
+  /// One bit per page while dirty pages are logged; shared by the snapshots that contain the slot.
+  std::shared_ptr<std::atomic<u64>[]> dirty;
+
+  Gfn end_gfn() const { return base_gfn + pages; }
+};
+
+class MemorySlots {
+ public:
+  static constexpr u32 max_slots = 32764;  ///< KVM_CAP_NR_MEMSLOTS
+  static constexpr u64 max_pages = (1ull << 31) - 1;
+  static constexpr Gfn max_gfn = (1ull << 40) - 1;  ///< 52-bit physical addresses
+
+  /// flush: makes every vCPU forget its host pointers and waits for those that are in guest mode.
+  explicit MemorySlots(std::function<void()> flush);
+  ~MemorySlots();
+
+  int set_region(const kvm_userspace_memory_region& region);
+  /// Copies the slot's dirty bitmap to the client and clears it.
+  int get_dirty_log(const kvm_dirty_log& log);
+
+  /// Slots sorted by base_gfn.
+  using Snapshot = std::vector<MemorySlot>;
+
+  /// The page at gpa; for_write marks it in the dirty log. `hint` is the caller's last-hit cache (any value).
+  /// Only while the caller is in guest mode (or otherwise waited for by `flush`).
+  x86::HostPage page(Gpa gpa, bool for_write, u32& hint) const;
+
+ private:
+  int publish(std::unique_ptr<Snapshot> next);
+
+  std::function<void()> flush_;
+  std::mutex mutex_;  ///< changes
+  std::atomic<const Snapshot*> current_;
+};
+
+}  // namespace anykvm::vm

@@ -1,0 +1,127 @@
+// One virtual machine: what a KVM VM fd stands for. One typed method per ioctl, named after it; arguments are already
+// copied from the client, results are >= 0 or -errno with the kernel's choice of errno, and a bad call changes nothing.
+// Reference: Documentation/virt/kvm/api.rst, "vm ioctls".
+//
+// Thread-safety: every method may be called from any thread, vCPU threads included.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "anykvm/kvm.h"
+#include "vm/memory_slots.h"
+#include "x86/types.h"
+
+namespace anykvm::os {
+class TimerQueue;
+}
+namespace anykvm::irqchip {
+class ApicBus;
+class IrqChips;
+}  // namespace anykvm::irqchip
+namespace anykvm::paravirt {
+class VmClock;
+}
+namespace anykvm::vcpu {
+class Vcpu;
+}
+
+namespace anykvm::vm {
+
+class IoEventFds;
+class IrqFds;
+class IrqRouting;
+
+class Vm : public std::enable_shared_from_this<Vm> {
+ public:
+  /// KVM_MAX_VCPUS and KVM_MAX_VCPU_IDS of a kernel.
+  static constexpr u32 max_vcpus = 1024, max_vcpu_ids = 4096;
+
+  /// KVM_CREATE_VM. type must be 0 (KVM_X86_DEFAULT_VM): EINVAL.
+  static int create(unsigned long type, std::shared_ptr<Vm>& out);
+  ~Vm();
+  Vm(const Vm&) = delete;
+  Vm& operator=(const Vm&) = delete;
+
+  // --- memory ---------------------------------------------------------------------------------------------------
+  int set_user_memory_region(const kvm_userspace_memory_region& region);
+  int get_dirty_log(const kvm_dirty_log& log);  ///< EFAULT when the bitmap cannot be written
+  int set_tss_addr(u64 address);
+  int set_identity_map_addr(u64 address);
+
+  // --- vCPUs ----------------------------------------------------------------------------------------------------
+  /// run points at the three pages that the client maps (kvm_run, PIO data, coalesced MMIO ring), zeroed by the caller
+  /// and valid as long as the vCPU.
+  int create_vcpu(u32 id, kvm_run* run, std::shared_ptr<vcpu::Vcpu>& out);
+  int set_boot_cpu_id(u64 id);
+
+  // --- interrupts -----------------------------------------------------------------------------------------------
+  int create_irqchip();
+  int get_irqchip(kvm_irqchip& chip);
+  int set_irqchip(const kvm_irqchip& chip);
+  int create_pit2(const kvm_pit_config& config);
+  int get_pit2(kvm_pit_state2& state);
+  int set_pit2(const kvm_pit_state2& state);
+  int reinject_control(const kvm_reinject_control& control);
+  int irq_line(const kvm_irq_level& level);
+  int irq_line_status(kvm_irq_level& level);
+  int set_gsi_routing(u32 flags, std::span<const kvm_irq_routing_entry> entries);
+  int signal_msi(const kvm_msi& msi);
+  int irqfd(const kvm_irqfd& args);
+  int ioeventfd(const kvm_ioeventfd& args);
+
+  // --- time -----------------------------------------------------------------------------------------------------
+  int get_clock(kvm_clock_data& clock);
+  int set_clock(const kvm_clock_data& clock);
+  int get_tsc_khz();
+  int set_tsc_khz(u32 khz);  ///< for vCPUs created from now on; 0: the host's
+
+  int enable_cap(const kvm_enable_cap& cap);
+
+  // --- for the vCPUs --------------------------------------------------------------------------------------------
+  MemorySlots& memory() { return memory_; }
+  IoEventFds& ioeventfds() { return *ioeventfds_; }
+  irqchip::IrqChips* chips() { return chips_published_.load(std::memory_order_acquire); }  ///< nullptr: no irqchip
+  irqchip::ApicBus& apic_bus() { return *apic_bus_; }
+  IrqRouting& routing() { return *routing_; }
+  os::TimerQueue& timers() { return *timers_; }
+  paravirt::VmClock& clock() { return *clock_; }
+  bool exception_payload_enabled() const { return exception_payload_.load(std::memory_order_relaxed); }
+  bool triple_fault_event_enabled() const { return triple_fault_event_.load(std::memory_order_relaxed); }
+  u64 hypercall_exits_enabled() const { return hypercall_exits_.load(std::memory_order_relaxed); }
+  bool is_boot_cpu(u32 id) const { return id == boot_cpu_id_; }
+  vcpu::Vcpu* vcpu_by_id(u32 id);
+
+  /// Calls f(vcpu::Vcpu&) for every vCPU alive, without a lock that f could meet.
+  template <class F>
+  void for_each_vcpu(F f) {
+    for (const std::shared_ptr<vcpu::Vcpu>& vcpu : vcpus()) f(*vcpu);
+  }
+  std::vector<std::shared_ptr<vcpu::Vcpu>> vcpus();
+
+ private:
+  Vm();
+  void flush_all_tlbs();
+
+  std::mutex mutex_;  ///< vCPU creation, chips, capabilities
+  MemorySlots memory_;
+  std::unique_ptr<os::TimerQueue> timers_;
+  std::unique_ptr<paravirt::VmClock> clock_;
+  std::unique_ptr<irqchip::ApicBus> apic_bus_;
+  std::unique_ptr<irqchip::IrqChips> chips_;
+  std::atomic<irqchip::IrqChips*> chips_published_{nullptr};
+  std::unique_ptr<IrqRouting> routing_;
+  std::unique_ptr<IoEventFds> ioeventfds_;
+  std::unique_ptr<IrqFds> irqfds_;
+  std::vector<std::weak_ptr<vcpu::Vcpu>> vcpus_;
+  u32 boot_cpu_id_ = 0;
+  bool pit_created_ = false;
+  std::atomic<u32> default_tsc_khz_;
+  std::atomic<bool> exception_payload_{false}, triple_fault_event_{false};
+  std::atomic<u64> hypercall_exits_{0};
+};
+
+}  // namespace anykvm::vm
