@@ -16,6 +16,11 @@ class Engine {
   /// raise. Pending interrupts are the caller's: it sets Cpu::attention to be returned to. State is precise on return.
   virtual void run(x86::Cpu& cpu) = 0;
 
+  /// Executes one instruction (one iteration of a REP), whatever attention and immediate_exit say; exit.kind is none
+  /// when it is done. The vCPU finishes an instruction with it that waited for the client's I/O before it lets a
+  /// signal or an interrupt in, as KVM does.
+  virtual void step(x86::Cpu& cpu) = 0;
+
   virtual const char* name() const = 0;
 };
 
