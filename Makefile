@@ -1,0 +1,56 @@
+# The short front of the build. Everything lands in build/ and cache/, both ignored by git.
+PRESET ?= release
+BUILD = build/$(PRESET)
+
+.PHONY: help run build test bench asan tsan format clean packages guests
+
+help:
+	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
+	@echo "make test     build, then the unit and system tests"
+	@echo "make build    build/release/bin/anykvm, build/release/lib/libanykvm.so (PRESET=debug|asan|tsan for the others)"
+	@echo "make bench    measure, side by side with QEMU's TCG: one table"
+	@echo "make asan     all tests under the address and undefined-behaviour sanitizers"
+	@echo "make tsan     the unit tests under the thread sanitizer"
+	@echo "make format   clang-format over the sources"
+	@echo "make clean    remove build/ (cache/, the fetched guests, stays)"
+
+packages:
+	@scripts/setup build
+
+guests:
+	@scripts/fetch-guests 6.1 6.12
+
+$(BUILD)/build.ninja: | packages
+	@cmake --preset $(PRESET)
+
+build: packages $(BUILD)/build.ninja
+	@cmake --build $(BUILD)
+
+run: packages build/release/build.ninja
+	@cmake --build build/release --target anykvm_tool
+	@scripts/fetch-guests 6.1
+	@scripts/run-guest
+
+# The system tests also boot the sanitized build: only its command is built for that.
+test: packages build guests
+	@cmake --preset asan >/dev/null && cmake --build build/asan --target anykvm_tool
+	@ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $$(nproc)
+
+asan: packages guests
+	@$(MAKE) PRESET=asan build
+	@ctest --test-dir build/asan --output-on-failure --no-tests=error -j $$(nproc)
+
+tsan: packages
+	@$(MAKE) PRESET=tsan build
+	@ctest --test-dir build/tsan --output-on-failure --no-tests=error -j $$(nproc) -L unit
+
+bench: packages build guests
+	@scripts/setup bench
+	@bench/run
+
+format:
+	@scripts/setup format
+	@git ls-files '*.cpp' '*.h' | xargs clang-format -i
+
+clean:
+	@rm -rf build
