@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "x86/cpuid.h"
 #include "x86/machine.h"
 #include "x86/mmu.h"
 #include "x86/result.h"
@@ -70,6 +71,7 @@ class Cpu {
   const volatile u8* immediate_exit;
 
   CpuState state;
+  Cpuid cpuid;  ///< what KVM_SET_CPUID2 gave it; feature checks ask this
   Mmu mmu;
   Machine& machine;
   Fault fault;

@@ -82,6 +82,8 @@ struct MsrState {
   u64 mcg_status = 0, mcg_ctl = ~0ull, mc_bank[4 * 32] = {};  ///< 32 banks of CTL, STATUS, ADDR, MISC
   u64 smbase = 0x30000, smi_count = 0, feature_control = 0, arch_capabilities = 0, power_ctl = 0, ucode_rev = 0,
       platform_info = 0, misc_features_enables = 0;
+  u64 mcg_cap = 32 | 1 << 8, mci_ctl2[32] = {};                                    ///< KVM_X86_SETUP_MCE
+  u64 hwcr = 0, de_cfg = 0, virt_spec_ctrl = 0, osvw_length = 0, osvw_status = 0;  ///< AMD's
 };
 
 /// What is waiting to be delivered or holds delivery back; struct kvm_vcpu_events.
