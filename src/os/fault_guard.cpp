@@ -1,0 +1,226 @@
+#include "os/fault_guard.h"
+
+#include <signal.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "x86/types.h"
+
+// Everything from here to the handlers runs inside a signal handler of somebody else's process: no allocation, no lock,
+// nothing but async-signal-safe calls.
+
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_handle_no_return();
+#endif
+
+namespace anykvm::os {
+namespace {
+
+/// One run_guarded() in progress. The assembly below knows the offsets of the first three fields.
+struct Guard {
+  u64 stack;
+  u32 mxcsr;
+  u16 x87_control;
+  unsigned catches;
+  bool (*accepts)(void*, const void*);
+  void* arg;
+  Guard* outer;
+};
+
+static_assert(offsetof(Guard, stack) == 0 && offsetof(Guard, mxcsr) == 8 && offsetof(Guard, x87_control) == 12);
+
+/// initial-exec: reached without __tls_get_addr, which may allocate.
+[[gnu::tls_model("initial-exec")]] constinit thread_local Guard* innermost = nullptr;
+
+constexpr int handled_signals[] = {SIGSEGV, SIGBUS, SIGFPE};
+struct sigaction previous[3];
+
+unsigned index_of(int signal) { return signal == SIGSEGV ? 0 : signal == SIGBUS ? 1 : 2; }
+
+}  // namespace
+
+extern "C" {
+[[gnu::visibility("hidden")]] bool anykvm_guarded_call(void (*f)(void*), void* arg, Guard* guard);
+[[gnu::visibility("hidden")]] extern const char anykvm_guard_landing[];
+[[gnu::visibility("hidden")]] extern const char anykvm_user_copy[], anykvm_user_copy_end[], anykvm_user_copy_fault[];
+}
+
+// Leaves a way back in the guard, calls, and returns true; a fault continues at the landing with the stack pointer of
+// then, which finds the callee-saved registers below it.
+asm(R"(
+    .pushsection .text.anykvm_guarded_call, "ax", @progbits
+    .hidden anykvm_guarded_call
+    .hidden anykvm_guard_landing
+    .globl anykvm_guarded_call
+    .globl anykvm_guard_landing
+    .type anykvm_guarded_call, @function
+    .p2align 4
+anykvm_guarded_call:
+    .cfi_startproc
+    pushq %rbp
+    .cfi_adjust_cfa_offset 8
+    .cfi_rel_offset %rbp, 0
+    pushq %rbx
+    .cfi_adjust_cfa_offset 8
+    .cfi_rel_offset %rbx, 0
+    pushq %r12
+    .cfi_adjust_cfa_offset 8
+    .cfi_rel_offset %r12, 0
+    pushq %r13
+    .cfi_adjust_cfa_offset 8
+    .cfi_rel_offset %r13, 0
+    pushq %r14
+    .cfi_adjust_cfa_offset 8
+    .cfi_rel_offset %r14, 0
+    pushq %r15
+    .cfi_adjust_cfa_offset 8
+    .cfi_rel_offset %r15, 0
+    pushq %rdx
+    .cfi_adjust_cfa_offset 8
+    movq %rsp, (%rdx)
+    stmxcsr 8(%rdx)
+    fnstcw 12(%rdx)
+    movq %rdi, %rax
+    movq %rsi, %rdi
+    call *%rax
+    movl $1, %eax
+1:  popq %rdx
+    .cfi_remember_state
+    .cfi_adjust_cfa_offset -8
+    popq %r15
+    .cfi_adjust_cfa_offset -8
+    popq %r14
+    .cfi_adjust_cfa_offset -8
+    popq %r13
+    .cfi_adjust_cfa_offset -8
+    popq %r12
+    .cfi_adjust_cfa_offset -8
+    popq %rbx
+    .cfi_adjust_cfa_offset -8
+    popq %rbp
+    .cfi_adjust_cfa_offset -8
+    ret
+anykvm_guard_landing:
+    .cfi_restore_state
+    movq (%rsp), %rdx
+    fninit
+    fldcw 12(%rdx)
+    ldmxcsr 8(%rdx)
+    xorl %eax, %eax
+    jmp 1b
+    .cfi_endproc
+    .size anykvm_guarded_call, . - anykvm_guarded_call
+    .popsection
+)");
+
+namespace {
+
+/// Flags that would disturb the code at the landing: TF, DF, AC.
+constexpr greg_t disturbing_flags = 0x100 | 0x400 | 0x40000;
+
+bool unwind_guard(int signal, siginfo_t* info, mcontext_t& machine) {
+  const unsigned kind = static_cast<unsigned>(signal == SIGFPE ? HostFaults::arithmetic : HostFaults::memory);
+  for (Guard* guard = innermost; guard; guard = guard->outer) {
+    if (!(guard->catches & kind)) continue;
+    if (signal != SIGFPE && guard->accepts && !guard->accepts(guard->arg, info->si_addr)) continue;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_handle_no_return();
+#endif
+    innermost = guard->outer;
+    machine.gregs[REG_RSP] = static_cast<greg_t>(guard->stack);
+    machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(anykvm_guard_landing);
+    machine.gregs[REG_EFL] &= ~disturbing_flags;
+    return true;
+  }
+  return false;
+}
+
+/// What would have happened without this handler.
+void chain(int signal, siginfo_t* info, void* context) {
+  struct sigaction& action = previous[index_of(signal)];
+  const bool sent = info->si_code <= 0;  // by kill(2) and its kind; otherwise the instruction itself faulted
+  const bool is_default = !(action.sa_flags & SA_SIGINFO) && action.sa_handler == SIG_DFL;
+  const bool is_ignored = !(action.sa_flags & SA_SIGINFO) && action.sa_handler == SIG_IGN;
+  if (is_ignored && sent) return;
+  if (is_default || is_ignored) {
+    // Returning runs the instruction again, now to its death with the right signal, address and core. Linux does not
+    // let a fault be ignored either. A signal that was sent has to be sent again.
+    struct sigaction fatal {};
+    fatal.sa_handler = SIG_DFL;
+    sigaction(signal, &fatal, nullptr);
+    if (sent) {
+      const long tid = syscall(SYS_gettid);
+      if (syscall(SYS_rt_tgsigqueueinfo, getpid(), tid, signal, info) != 0) syscall(SYS_tgkill, getpid(), tid, signal);
+    }
+    return;
+  }
+  sigset_t blocked = action.sa_mask;
+  if (!(action.sa_flags & SA_NODEFER)) sigaddset(&blocked, signal);
+  sigprocmask(SIG_BLOCK, &blocked, nullptr);  // undone by the return from this handler
+  const auto handler = action;
+  if (action.sa_flags & static_cast<int>(SA_RESETHAND)) action.sa_handler = SIG_DFL, action.sa_flags = 0;
+  if (handler.sa_flags & SA_SIGINFO)
+    handler.sa_sigaction(signal, info, context);
+  else
+    handler.sa_handler(signal);
+}
+
+void on_fault(int signal, siginfo_t* info, void* context) {
+  mcontext_t& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
+  if (info->si_code > 0) {
+    const auto rip = reinterpret_cast<const char*>(machine.gregs[REG_RIP]);
+    if (signal != SIGFPE && rip >= anykvm_user_copy && rip < anykvm_user_copy_end) {
+      machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(anykvm_user_copy_fault);
+      return;
+    }
+    if (unwind_guard(signal, info, machine)) return;
+  }
+  chain(signal, info, context);
+}
+
+/// 0 not yet, 1 under way, 2 done.
+std::atomic<int> installed{0};
+
+void install() {
+  int expected = 0;
+  if (!installed.compare_exchange_strong(expected, 1)) {
+    while (installed.load(std::memory_order_acquire) != 2) usleep(10);
+    return;
+  }
+  for (const int signal : handled_signals) {
+    // The old action is read first: a fault on another thread may reach the new handler at once.
+    sigaction(signal, nullptr, &previous[index_of(signal)]);
+    struct sigaction action {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_ONSTACK | SA_SIGINFO | SA_NODEFER;
+    sigemptyset(&action.sa_mask);
+    sigaction(signal, &action, nullptr);
+  }
+  installed.store(2, std::memory_order_release);
+}
+
+}  // namespace
+
+void install_fault_handlers() {
+  if (installed.load(std::memory_order_acquire) != 2) [[unlikely]]
+    install();
+}
+
+bool run_guarded(void (*f)(void*), void* arg, HostFaults catches, bool (*accepts)(void*, const void*)) {
+  install_fault_handlers();
+  Guard guard;
+  guard.catches = static_cast<unsigned>(catches);
+  guard.accepts = accepts;
+  guard.arg = arg;
+  guard.outer = innermost;
+  innermost = &guard;
+  const bool finished = anykvm_guarded_call(f, arg, &guard);
+  innermost = guard.outer;
+  return finished;
+}
+
+}  // namespace anykvm::os

@@ -1,0 +1,29 @@
+// Host faults that are not bugs: guest RAM that the client has unmapped or protected, a bad pointer in an ioctl. A
+// process-wide handler for SIGSEGV, SIGBUS and SIGFPE unwinds the guarded call that met one; every other fault goes to
+// whoever handled it before, or kills the process as if the handler were not there.
+#pragma once
+
+namespace anykvm::os {
+
+/// What a guard catches.
+enum class HostFaults : unsigned {
+  memory = 1,      ///< SIGSEGV and SIGBUS
+  arithmetic = 2,  ///< SIGFPE
+  all = memory | arithmetic,
+};
+
+/// Installs the handlers: SA_ONSTACK | SA_SIGINFO | SA_NODEFER, chained to what was there. The first call does it, the
+/// others return at once. Thread-safe; not async-signal-safe. Handlers must not be blocked in a thread that meets a
+/// fault: Linux kills a process that faults with the signal blocked.
+void install_fault_handlers();
+
+/// Calls f(arg). false: a host fault of the kind asked for unwound it. The callee-saved registers, x87 and MXCSR
+/// control are those of before; what f was doing is abandoned, and destructors of its frames do not run. Guards nest;
+/// the innermost that catches the fault gets it. No allocation, no lock, no system call.
+///
+/// accepts, when given, is asked (in the signal handler) whether a memory fault at this address is expected; it keeps
+/// a crash of somebody else's signal handler on top of f from being taken for ours.
+bool run_guarded(void (*f)(void*), void* arg, HostFaults catches = HostFaults::memory,
+                 bool (*accepts)(void* arg, const void* address) = nullptr);
+
+}  // namespace anykvm::os

@@ -1,0 +1,36 @@
+// Memory with a descriptor: what stands behind the VM's and the vCPU's fd.
+#pragma once
+
+#include <cstddef>
+#include <utility>
+
+namespace anykvm::os {
+
+/// A memfd of this size, close-on-exec, sealed against shrinking and growing so that a mapping of it can always be
+/// touched. The descriptor, or -errno.
+int create_memory_file(const char* name, std::size_t size);
+
+/// A shared mapping, unmapped at the end. Empty when it failed.
+class Mapping {
+ public:
+  Mapping() = default;
+  /// Maps [0, size) of fd for reading and writing; on failure data() is nullptr and errno says why.
+  Mapping(int fd, std::size_t size);
+  Mapping(Mapping&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  Mapping& operator=(Mapping&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~Mapping();
+
+  void* data() const { return data_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace anykvm::os
