@@ -17,7 +17,8 @@
 namespace anykvm::os {
 namespace {
 
-volatile char* const wild = reinterpret_cast<volatile char*>(0x10);
+/// Volatile itself, so that the compiler does not see where it points.
+volatile char* volatile wild = reinterpret_cast<volatile char*>(0x10);
 
 // --- faults that are not ours: the first tests of this program, since the handlers are installed once a process -----
 
