@@ -56,8 +56,37 @@ struct Operand {
   Gva gva = 0;
   unsigned size = 0;
   bool bounced = false;
+  struct Part {
+    u8* host;  ///< nullptr: MMIO
+    Gpa gpa;
+    unsigned size;
+  } parts[2];  ///< where a bounced operand goes
   alignas(64) u8 buffer[64];
 };
+
+/// The instructions that ask about a selector without loading it; see Cpu::probe_selector.
+enum class SelectorProbe : u8 {
+  lar,   ///< value: access rights, as LAR leaves them in a 32-bit register
+  lsl,   ///< value: limit in bytes
+  verr,  ///< readable from here
+  verw,  ///< writable from here
+};
+
+/// Copies guest data to or from host memory. 1, 2, 4, 8 and 16 bytes are one host access each, so that naturally
+/// aligned guest accesses stay atomic between vCPUs.
+inline void copy_host(void* to, const void* from, unsigned size) {
+  switch (size) {
+    case 1: __builtin_memcpy(to, from, 1); break;
+    case 2: __builtin_memcpy(to, from, 2); break;
+    case 4: __builtin_memcpy(to, from, 4); break;
+    case 8: __builtin_memcpy(to, from, 8); break;
+    case 16: __builtin_memcpy(to, from, 16); break;
+    default: __builtin_memcpy(to, from, size);
+  }
+}
+
+/// Bits 63:47 all alike: an address that 4-level paging can translate.
+inline bool canonical(u64 address) { return u64(s64(address << 16) >> 16) == address; }
 
 class Cpu {
  public:
@@ -98,14 +127,14 @@ class Cpu {
   Result write(Gva gva, const void* data, unsigned size) { return write_as(gva, data, size, data_privilege); }
   Result read_as(Gva gva, void* data, unsigned size, Privilege privilege) {
     if (const u8* host = mmu.lookup(gva, size, Access::read, privilege)) {
-      __builtin_memcpy(data, host, size);
+      copy_host(data, host, size);
       return Result::ok;
     }
     return read_slow(gva, data, size, privilege);
   }
   Result write_as(Gva gva, const void* data, unsigned size, Privilege privilege) {
     if (u8* host = mmu.lookup(gva, size, Access::write, privilege)) {
-      __builtin_memcpy(host, data, size);
+      copy_host(host, data, size);
       return Result::ok;
     }
     return write_slow(gva, data, size, privilege);
@@ -135,7 +164,15 @@ class Cpu {
 
   /// Linear address of offset in a segment: adds the base, checks limit, type and presence outside 64-bit mode and
   /// canonical form inside. fault: #GP(0), or #SS(0) for the stack segment.
-  Result linear(SegmentName segment, u64 offset, unsigned size, Access access, Gva& out);
+  Result linear(SegmentName segment, u64 offset, unsigned size, Access access, Gva& out) {
+    if (state.code_bits == 64) {
+      if (segment >= fs) offset += state.segment[segment].base;
+      out = offset;
+      if (canonical(offset)) return Result::ok;  // an operand that grows out of the hole is caught by its second page
+      return raise(segment == ss ? exception::ss : exception::gp, 0);
+    }
+    return linear_legacy(segment, offset, size, access, out);
+  }
 
   // --- faults (x86/exceptions.cpp) --------------------------------------------------------------------------------
   Result raise(u8 vector);             ///< fault without an error code
@@ -165,8 +202,8 @@ class Cpu {
   Result sysret(unsigned operand_bytes);
   Result sysenter(u64 next_rip);
   Result sysexit(unsigned operand_bytes);
-  /// LAR, LSL, VERR, VERW: whether the selector passes; sets nothing but value.
-  Result probe_selector(u16 selector, u8 which, bool& ok, u32& value);
+  /// LAR, LSL, VERR, VERW: whether the selector passes; sets nothing but value (LAR and LSL).
+  Result probe_selector(u16 selector, SelectorProbe which, bool& ok, u32& value);
 
   // --- control, debug and model-specific registers (x86/control_registers.cpp, x86/msr.cpp) ----------------------
   Result write_cr(unsigned index, u64 value);
@@ -198,6 +235,7 @@ class Cpu {
  private:
   Result read_slow(Gva gva, void* data, unsigned size, Privilege privilege);
   Result write_slow(Gva gva, const void* data, unsigned size, Privilege privilege);
+  Result linear_legacy(SegmentName segment, u64 offset, unsigned size, Access access, Gva& out);
   Result open_operand_slow(Use use, Operand& operand);
   void commit_operand(Operand& operand);
 };
