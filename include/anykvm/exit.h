@@ -11,6 +11,8 @@
 namespace anykvm {
 namespace exits {
 
+using Word = unsigned long long;  ///< as the kernel declares its 64-bit fields
+
 /// KVM_EXIT_IO, IN: `count` elements of `size` bytes (1, 2, 4), for the client to fill in.
 struct IoIn {
   std::uint16_t port;
@@ -54,13 +56,13 @@ struct FailEntry {
 /// empty.
 struct InternalError {
   std::uint32_t suberror;  ///< KVM_INTERNAL_ERROR_…
-  std::span<const std::uint64_t> data;
+  std::span<const Word> data;
   std::span<const std::uint8_t> instruction;
 };
 /// KVM_EXIT_SYSTEM_EVENT.
 struct SystemEvent {
   std::uint32_t type;  ///< KVM_SYSTEM_EVENT_…
-  std::span<const std::uint64_t> data;
+  std::span<const Word> data;
 };
 /// KVM_EXIT_DEBUG: Vcpu's guest debugging met what it was set for.
 struct Debug {
@@ -74,14 +76,14 @@ struct IoapicEoi {
 /// KVM_EXIT_HYPERCALL: `result` is the guest's RAX at the next run().
 struct Hypercall {
   std::uint64_t number;
-  std::span<const std::uint64_t, 6> arguments;
-  std::uint64_t& result;
+  std::span<const Word, 6> arguments;
+  Word& result;
 };
 /// KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, when enabled by KVM_CAP_X86_USER_SPACE_MSR: `error` other than 0 at the next
 /// run() is a #GP in the guest.
 struct ReadMsr {
   std::uint32_t index, reason;
-  std::uint64_t& data;
+  Word& data;
   std::uint8_t& error;
 };
 struct WriteMsr {
