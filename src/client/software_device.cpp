@@ -1,0 +1,23 @@
+// The engine of this library as a KvmDevice: the same calls an interposed program ends in.
+#include "abi/abi.h"
+#include "anykvm/kvm_device.h"
+
+namespace anykvm {
+
+namespace {
+
+class SoftwareDevice final : public KvmDevice {
+ public:
+  int open_system() override { return abi::open_system(); }
+  long ioctl(int fd, unsigned long request, unsigned long argument) override {
+    return abi::ioctl(fd, request, argument);
+  }
+  int close(int fd) override { return abi::close(fd); }
+  std::string name() const override { return "software"; }
+};
+
+}  // namespace
+
+std::shared_ptr<KvmDevice> KvmDevice::software() { return std::make_shared<SoftwareDevice>(); }
+
+}  // namespace anykvm
