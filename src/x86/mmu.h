@@ -30,6 +30,8 @@ class Mmu {
 
   Mmu();
   ~Mmu();
+  Mmu(const Mmu&) = delete;
+  Mmu& operator=(const Mmu&) = delete;
 
   /// Host address of [gva, gva + size) if the TLB has it, the access is allowed and it stays inside the page.
   u8* lookup(Gva gva, unsigned size, Access access, Privilege privilege) const {
@@ -40,8 +42,8 @@ class Mmu {
   }
 
   struct Translation {
-    Gpa gpa = 0;
-    u8* host = nullptr;  ///< nullptr: MMIO
+    Gpa gpa = 0;         ///< of the byte; only meaningful when host is nullptr
+    u8* host = nullptr;  ///< of the byte; nullptr: MMIO
   };
   /// Walks (or finds) the translation of one byte's page and fills the TLB when it is RAM. Sets A and D bits.
   /// fault: Cpu::fault holds the #PF (or, for a non-canonical address, #GP/#SS by `is_stack`).

@@ -1,0 +1,145 @@
+// Memory accesses that the TLB's fast path does not serve: TLB misses, operands across two pages, MMIO, and the
+// segment checks of modes other than 64-bit.
+//
+// Every page of an access is translated before the first byte moves: a fault then finds nothing half done, nor a device
+// read in vain side effects then finds nothing half done.
+#include "x86/cpu.h"
+
+namespace anykvm::x86 {
+
+namespace {
+
+bool power_of_two(unsigned n) { return !(n & (n - 1)); }
+
+/// The host or physical addresses of [gva, gva + size), size <= 4096: one part a page.
+Result translate_parts(Cpu& cpu, Gva gva, unsigned size, Access access, Privilege privilege,
+                       Operand::Part (&parts)[2]) {
+  const unsigned first = unsigned(page_size - (gva & ~page_mask));
+  Mmu::Translation translation;
+  if (Result r = cpu.mmu.translate(cpu, gva, access, privilege, translation); r != Result::ok) return r;
+  parts[0] = {translation.host, translation.gpa, size < first ? size : first};
+  parts[1] = {nullptr, 0, 0};
+  if (size <= first) return Result::ok;
+  if (Result r = cpu.mmu.translate(cpu, gva + first, access, privilege, translation); r != Result::ok) return r;
+  parts[1] = {translation.host, translation.gpa, size - first};
+  return Result::ok;
+}
+
+/// Devices see at most 8 bytes at once, as KVM hands them out.
+Result read_mmio(Cpu& cpu, Gpa gpa, u8* data, unsigned size) {
+  while (size) {
+    const unsigned length = size < 8 ? size : 8;
+    if (!cpu.mmio.take_read(gpa, data, length)) {
+      // Not answered yet. An in-kernel device's answer is kept too: a later fragment may need the client, and the
+      // device must not be read twice then.
+      u8 bytes[8];
+      if (!power_of_two(length) || !cpu.machine.mmio_read(gpa, bytes, length)) {
+        cpu.exit.kind = ExitKind::mmio_read;
+        return Result::exit;
+      }
+      cpu.mmio.reply(bytes);
+      if (!cpu.mmio.take_read(gpa, data, length)) {
+        cpu.exit.kind = ExitKind::internal_error;
+        cpu.exit.reason = "too many device reads in one instruction";
+        return Result::exit;
+      }
+    }
+    gpa += length, data += length, size -= length;
+  }
+  return Result::ok;
+}
+
+Result write_mmio(Cpu& cpu, Gpa gpa, const u8* data, unsigned size) {
+  while (size) {
+    const unsigned length = size < 8 ? size : 8;
+    if (!(power_of_two(length) && cpu.machine.mmio_write(gpa, data, length)) &&
+        !cpu.mmio.queue_write(gpa, data, length)) {
+      cpu.exit.kind = ExitKind::internal_error;
+      cpu.exit.reason = "too many device writes in one instruction";
+      return Result::exit;
+    }
+    gpa += length, data += length, size -= length;
+  }
+  return Result::ok;
+}
+
+Result read_parts(Cpu& cpu, const Operand::Part (&parts)[2], u8* data) {
+  for (const Operand::Part& part : parts) {
+    if (part.host) {
+      copy_host(data, part.host, part.size);
+    } else if (Result r = read_mmio(cpu, part.gpa, data, part.size); r != Result::ok) {
+      return r;
+    }
+    data += part.size;
+  }
+  return Result::ok;
+}
+
+Result write_parts(Cpu& cpu, const Operand::Part (&parts)[2], const u8* data) {
+  for (const Operand::Part& part : parts) {
+    if (part.host) {
+      copy_host(part.host, data, part.size);
+    } else if (Result r = write_mmio(cpu, part.gpa, data, part.size); r != Result::ok) {
+      return r;
+    }
+    data += part.size;
+  }
+  return Result::ok;
+}
+
+}  // namespace
+
+Result Cpu::read_slow(Gva gva, void* data, unsigned size, Privilege privilege) {
+  Operand::Part parts[2];
+  if (Result r = translate_parts(*this, gva, size, Access::read, privilege, parts); r != Result::ok) return r;
+  return read_parts(*this, parts, static_cast<u8*>(data));
+}
+
+Result Cpu::write_slow(Gva gva, const void* data, unsigned size, Privilege privilege) {
+  Operand::Part parts[2];
+  if (Result r = translate_parts(*this, gva, size, Access::write, privilege, parts); r != Result::ok) return r;
+  return write_parts(*this, parts, static_cast<const u8*>(data));
+}
+
+Result Cpu::open_operand_slow(Use use, Operand& operand) {
+  const Access access = use == Use::read ? Access::read : Access::write;
+  if (Result r = translate_parts(*this, operand.gva, operand.size, access, data_privilege, operand.parts);
+      r != Result::ok) {
+    return r;
+  }
+  if (operand.parts[0].host && !operand.parts[1].size) {
+    operand.host = operand.parts[0].host;
+    return Result::ok;
+  }
+  operand.bounced = true;
+  operand.host = operand.buffer;
+  return use == Use::write ? Result::ok : read_parts(*this, operand.parts, operand.buffer);
+}
+
+void Cpu::commit_operand(Operand& operand) {
+  // Only a full queue of device writes could fail, and one operand never fills it.
+  (void)write_parts(*this, operand.parts, operand.buffer);
+}
+
+Result Cpu::linear_legacy(SegmentName name, u64 offset, unsigned size, Access access, Gva& out) {
+  const Segment& segment = state.segment[name];
+  const u8 vector = name == ss ? exception::ss : exception::gp;
+  const u32 start = u32(offset);
+  out = u32(segment.base + start);
+  const u64 last = u64(start) + size - 1;
+
+  if (!state.protected_mode() || state.v86()) return last <= segment.limit ? Result::ok : raise(vector, 0);
+
+  if (segment.unusable || !segment.present) return raise(vector, 0);
+  const bool code = segment.type & 8;
+  if (access == Access::write ? code || !(segment.type & 2) : code && !(segment.type & 2) && access == Access::read) {
+    return raise(vector, 0);
+  }
+  if (!code && segment.type & 4) {  // expand-down: the limit is the last offset below the segment
+    const u64 top = segment.db ? 0xffffffff : 0xffff;
+    return start > segment.limit && last <= top ? Result::ok : raise(vector, 0);
+  }
+  return last <= segment.limit ? Result::ok : raise(vector, 0);
+}
+
+}  // namespace anykvm::x86
