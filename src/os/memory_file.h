@@ -10,6 +10,9 @@ namespace anykvm::os {
 /// touched. The descriptor, or -errno.
 int create_memory_file(const char* name, std::size_t size);
 
+/// close(2) past an interposer, which may stand in the place of close().
+void close_file(int fd);
+
 /// A shared mapping, unmapped at the end. Empty when it failed.
 class Mapping {
  public:

@@ -128,7 +128,7 @@ TEST(FaultGuard, RunsAFunctionAndReportsAFault) {
   int value = 1;
   EXPECT_TRUE(run_guarded([](void* arg) { *static_cast<int*>(arg) = 2; }, &value));
   EXPECT_EQ(2, value);
-  EXPECT_FALSE(run_guarded([](void* arg) { *static_cast<int*>(arg) = 3, *wild = 1; }, &value));
+  EXPECT_FALSE(run_guarded([](void* arg) { *static_cast<int*>(arg) = 3; *wild = 1; }, &value));
   EXPECT_EQ(3, value);
 }
 

@@ -1,0 +1,137 @@
+#include "abi/fd_table.h"
+
+#include <cerrno>
+#include <new>
+
+#include "abi/vm_file.h"
+#include "os/memory_file.h"
+#include "os/process_identity.h"
+
+namespace anykvm::abi {
+namespace {
+
+/// 16 million descriptors in two levels; a chunk appears with the first descriptor in it and stays.
+constexpr u32 chunk_slots = 4096, chunks = 4096;
+using Slot = std::atomic<OpenFile*>;
+struct Chunk {
+  Slot slots[chunk_slots] = {};
+};
+constinit std::atomic<Chunk*> table[chunks] = {};
+
+Slot* find_slot(int fd) {
+  const u32 number = static_cast<u32>(fd);
+  if (number >= chunk_slots * chunks) return nullptr;
+  Chunk* chunk = table[number / chunk_slots].load(std::memory_order_acquire);
+  return chunk ? &chunk->slots[number % chunk_slots] : nullptr;
+}
+
+int make_slot(int fd, Slot*& out) {
+  const u32 number = static_cast<u32>(fd);
+  if (number >= chunk_slots * chunks) return -EMFILE;
+  auto& entry = table[number / chunk_slots];
+  Chunk* chunk = entry.load(std::memory_order_acquire);
+  if (!chunk) {
+    Chunk* fresh = new (std::nothrow) Chunk;
+    if (!fresh) return -ENOMEM;
+    if (entry.compare_exchange_strong(chunk, fresh, std::memory_order_acq_rel))
+      chunk = fresh;
+    else
+      delete fresh;
+  }
+  out = &chunk->slots[number % chunk_slots];
+  return 0;
+}
+
+/// Free open files are linked from the fork-safe section's pointer. A forked child starts with none: it leaves its
+/// parent's alone, whose list may have been half changed at the fork.
+OpenFile* allocate() {
+  {
+    os::ForkSafeSection section;
+    if (auto* file = static_cast<OpenFile*>(section.value())) {
+      section.value() = file->next_free;
+      return file;
+    }
+  }
+  return new (std::nothrow) OpenFile;
+}
+
+void release(OpenFile* file) {
+  // What another process's threads and locks are part of cannot be taken apart here: a forked child leaves it.
+  if (file->kind != FdKind::system && file->process != os::process_identity()) return;
+  file->vm = nullptr;
+  file->vcpu = nullptr;
+  file->keeps.reset();
+  os::ForkSafeSection section;
+  file->next_free = static_cast<OpenFile*>(section.value());
+  section.value() = file;
+}
+
+/// Makes fd stand for file, which brings the reference.
+int install(int fd, OpenFile* file) {
+  Slot* slot = nullptr;
+  if (const int error = make_slot(fd, slot)) return error;
+  if (OpenFile* stale = slot->exchange(file, std::memory_order_acq_rel)) drop_reference(stale);
+  return 0;
+}
+
+}  // namespace
+
+void drop_reference(OpenFile* file) {
+  if (file->references.fetch_sub(1, std::memory_order_acq_rel) == 1) release(file);
+}
+
+FileReference::FileReference(int fd) {
+  Slot* slot = find_slot(fd);
+  if (!slot) return;
+  while (OpenFile* file = slot->load(std::memory_order_acquire)) {
+    u32 count = file->references.load(std::memory_order_relaxed);
+    while (count != 0 && !file->references.compare_exchange_weak(count, count + 1, std::memory_order_acq_rel)) {
+    }
+    if (count == 0) continue;  // closed since: the slot says so by now
+    if (slot->load(std::memory_order_acquire) == file) {
+      file_ = file;
+      return;
+    }
+    drop_reference(file);
+  }
+}
+
+int install_descriptor(int fd, NewFile meaning) {
+  OpenFile* file = allocate();
+  if (!file) return -ENOMEM;
+  file->kind = meaning.kind;
+  file->process = os::process_identity();
+  file->vm = meaning.vm;
+  file->vcpu = meaning.vcpu;
+  file->keeps = std::move(meaning.keeps);
+  file->references.store(1, std::memory_order_release);
+  const int error = install(fd, file);
+  if (error) drop_reference(file);
+  return error;
+}
+
+int install_duplicate(int fd, int copy) {
+  FileReference original(fd);
+  if (!original) {
+    Slot* slot = find_slot(copy);
+    if (slot)
+      if (OpenFile* stale = slot->exchange(nullptr, std::memory_order_acq_rel)) drop_reference(stale);
+    return -EBADF;
+  }
+  OpenFile* file = original.share();
+  const int error = install(copy, file);
+  if (error) drop_reference(file);
+  return error;
+}
+
+int close_descriptor(int fd) {
+  Slot* slot = find_slot(fd);
+  OpenFile* file = slot ? slot->exchange(nullptr, std::memory_order_acq_rel) : nullptr;
+  if (!file) return -EBADF;
+  // The meaning goes first: as soon as the number is closed, another thread may get it for something else.
+  os::close_file(fd);
+  drop_reference(file);
+  return 0;
+}
+
+}  // namespace anykvm::abi
