@@ -44,18 +44,12 @@ class ApicBus {
   /// listens. KVM_SIGNAL_MSI and KVM_IRQ_LINE_STATUS return this.
   int send(const InterruptMessage& message, const LocalApic* source = nullptr);
 
-  /// KVM_HC_SEND_IPI: two bitmaps of APIC IDs, the first starting at `first_id`, of bitmap_bits (64 or 32) each; icr is
-  /// vector and delivery mode. How many took it, or -KVM_EINVAL.
-  int send_to_bitmap(u64 low, u64 high, u32 first_id, unsigned bitmap_bits, u64 icr);
-
   /// The APIC with this (initial, 32-bit) ID, nullptr if there is none. Good as long as the caller knows that vCPU to
   /// live.
   LocalApic* find(u32 apic_id) const;
 
   /// The 8259's INTR went up: wakes the first vCPU whose LINT0 takes it.
   void wake_pic_taker();
-  /// Whether some vCPU takes the 8259's INTR.
-  bool has_pic_taker() const;
   /// A tick of the 8254 reaches the LINT0 of every APIC that has it in NMI mode (the guest's NMI watchdog), as in KVM.
   void pulse_lint0_nmi();
 
@@ -70,15 +64,28 @@ class ApicBus {
 
  private:
   friend class LocalApic;
-  class Reader;
 
   void add(LocalApic& apic);
   /// Waits until no send() can hold a pointer to it.
   void remove(LocalApic& apic);
   bool matches(const LocalApic& apic, const InterruptMessage& message, const LocalApic* source) const;
 
+  int send_to_one_of(const InterruptMessage& message, const LocalApic* source) const;
+  /// Calls f(LocalApic&) until it returns false. The APICs stay alive meanwhile.
   template <class F>
   void for_each(F f) const;
+
+  /// While one exists, remove() waits.
+  class Reader {
+   public:
+    explicit Reader(const ApicBus& bus) : bus_(bus) { bus_.readers_.fetch_add(1); }
+    ~Reader() { bus_.readers_.fetch_sub(1, std::memory_order_release); }
+    Reader(const Reader&) = delete;
+    Reader& operator=(const Reader&) = delete;
+
+   private:
+    const ApicBus& bus_;
+  };
 
   std::mutex mutex_;  ///< add and remove
   mutable std::atomic<u32> readers_{0};

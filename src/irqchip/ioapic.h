@@ -4,6 +4,8 @@
 // Not thread-safe: IrqChips holds the lock.
 #pragma once
 
+#include <atomic>
+
 #include "anykvm/kvm.h"
 #include "irqchip/interrupt_message.h"
 #include "x86/types.h"
@@ -20,7 +22,10 @@ class IoApic {
 
   explicit IoApic(ApicBus& bus);
 
-  bool covers(Gpa gpa) const { return gpa >= base_ && gpa - base_ < window_size; }
+  bool covers(Gpa gpa) const {  // any thread
+    const Gpa base = base_.load(std::memory_order_relaxed);
+    return gpa >= base && gpa - base < window_size;
+  }
   u32 read(Gpa gpa) const;
   void write(Gpa gpa, u32 value);
 
@@ -64,7 +69,7 @@ class IoApic {
   bool level_triggered(unsigned pin) const { return entries_[pin] >> 15 & 1; }
 
   ApicBus& bus_;
-  Gpa base_ = default_base;
+  std::atomic<Gpa> base_{default_base};  ///< the client may move it
   u32 select_ = 0, id_ = 0;
   u32 requests_ = 0;         ///< pins up (level), or with an edge that nothing has lowered yet
   u32 edges_delivered_ = 0;  ///< of requests_: edges that are on their way already; GET_IRQCHIP leaves them out

@@ -83,7 +83,6 @@ class IrqChips final : public EoiSink {
 
  private:
   struct News;
-  void publish_pic_output(News& news);
   void collect(News& news);
   void tell(const News& news);
   void update_edge_eoi_vectors();

@@ -58,6 +58,7 @@ class PvEoi {
 struct ApicFeatures {
   bool x2apic = false;
   bool tsc_deadline = false;
+  bool directed_eoi = false;  ///< SVR's EOI-broadcast suppression; KVM offers it only without an in-kernel I/O APIC
   u8 physical_address_bits = 36;
 };
 
@@ -67,7 +68,8 @@ class LocalApic {
   static constexpr Gpa default_base = 0xfee00000;
   static constexpr u64 base_bsp = 1 << 8, base_x2apic = 1 << 10, base_enable = 1 << 11;
 
-  /// In its power-on state, and on the bus. Everything passed must outlive it.
+  /// In its power-on state, and on the bus. Everything passed must outlive it; until the destructor returns, other
+  /// threads may call the client.
   LocalApic(u32 id, ApicClient& client, ApicBus& bus, os::TimerQueue& timers, bool is_bsp);
   ~LocalApic();
   LocalApic(const LocalApic&) = delete;
@@ -121,6 +123,9 @@ class LocalApic {
 
   /// nullptr: none (the default). An offer made is withdrawn first, so call it before the MSR changes.
   void set_pv_eoi(PvEoi* hook);
+  /// Takes back an offer, and ends the interrupt if the guest has used it. All other methods do this themselves; the
+  /// run loop calls it before it leaves guest mode, so that guest memory is not touched outside.
+  void sync_pv_eoi();
 
  private:
   friend class ApicBus;
@@ -190,7 +195,6 @@ class LocalApic {
   int deliverable() const;
   void wake_if_deliverable();
   void report_error(u32 bit);
-  void sync_pv_eoi();
   void offer_pv_eoi(u8 vector);
 
   // Timer.
@@ -203,7 +207,7 @@ class LocalApic {
   void start_tsc_deadline(u64 deadline);
   void stop_timer();
   void timer_mode_changed(TimerMode before);
-  void divide_changed(u32 before);
+  void write_divide(u32 value);
   u32 current_count() const;
   u64 count_ns(u32 count) const;
   static u32 divisor(u32 divide_register);

@@ -89,6 +89,7 @@ class Pit {
   void start_irq_timer();
   u8 read_count(Channel& channel);
   bool tick_due(u64 now);
+  void reset_ticks();
 
   static void timer_expired(void* pit);
   static void reinjection_due(void* pit);
@@ -105,7 +106,8 @@ class Pit {
   u32 owed_ticks_ = 0;          ///< in reinject mode, the one being serviced excluded
   u32 unanswered_periods_ = 0;  ///< periods since a tick that was not ended
   u64 period_ns_ = 0, next_ns_ = 0;
-  bool periodic_ = false, timer_armed_ = false, reinjection_armed_ = false;
+  u64 last_end_ns_ = 0;  ///< of the last tick
+  bool periodic_ = false, timer_armed_ = false;
   os::Timer timer_, reinjection_;
 };
 

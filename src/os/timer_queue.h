@@ -38,7 +38,7 @@ class TimerQueue {
   void start_locked();
   void arm(Timer& timer, u64 deadline_ns);
   void remove(Timer& timer);
-  bool cancel(Timer& timer, bool wait);
+  void cancel(Timer& timer, bool wait);
   void run();
 
   // A binary min-heap of armed timers. Its capacity is reserved when a Timer is made, so that arming never allocates.
