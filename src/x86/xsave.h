@@ -44,7 +44,7 @@ u64 xsave_in_use(const FpuState& fpu);
 /// zeroed first and may be shorter or longer than the components need.
 void fpu_to_xsave(const FpuState& fpu, u64 features, std::span<u8> image);
 /// The way back. false, with nothing changed, when the header names components outside `features`, is not a
-/// standard-format header, or MXCSR has reserved bits (KVM: EINVAL).
+/// standard-format header, or its MXCSR has reserved bits (KVM: EINVAL).
 bool xsave_to_fpu(FpuState& fpu, u64 features, std::span<const u8> image);
 
 void fpu_to_kvm(const FpuState& fpu, kvm_fpu& out);

@@ -50,7 +50,7 @@ bool xsave_to_fpu(FpuState& fpu, u64 features, std::span<const u8> image) {
   }
   u32 mxcsr;
   std::memcpy(&mxcsr, area.legacy + mxcsr_offset, 4);
-  if (mxcsr & ~layout.mxcsr_mask) return false;
+  if (area.xstate_bv & (xfeature::sse | xfeature::avx) && mxcsr & ~layout.mxcsr_mask) return false;
   for (unsigned i = 2; i < XsaveLayout::components; ++i) {
     const XsaveComponent& c = layout.component[i];
     if (area.xstate_bv >> i & 1 && (!c.offset || c.offset + c.size > image.size())) return false;
