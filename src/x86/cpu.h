@@ -28,6 +28,7 @@ class MmioPort {
   void begin_instruction() { read_position_ = 0; }                ///< (re)start: reads are replayed from the first
   void retire_instruction() { read_size_ = read_position_ = 0; }  ///< reads are consumed
   bool replies_pending() const { return read_size_ != 0; }
+  bool touched() const { return (read_size_ | write_count_) != 0; }  ///< the instruction left RAM
   /// The reply to the next read, or false with `wanted` set to what the client must answer.
   bool take_read(Gpa gpa, void* data, unsigned length);
   bool queue_write(Gpa gpa, const void* data, unsigned length);
@@ -72,6 +73,9 @@ enum class SelectorProbe : u8 {
   verw,  ///< writable from here
 };
 
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wstringop-overflow"  // of the cases that a caller's size rules out
+#pragma GCC diagnostic ignored "-Warray-bounds"
 /// Copies guest data to or from host memory. 1, 2, 4, 8 and 16 bytes are one host access each, so that naturally
 /// aligned guest accesses stay atomic between vCPUs.
 inline void copy_host(void* to, const void* from, unsigned size) {
@@ -84,6 +88,7 @@ inline void copy_host(void* to, const void* from, unsigned size) {
     default: __builtin_memcpy(to, from, size);
   }
 }
+#pragma GCC diagnostic pop
 
 /// Bits 63:47 all alike: an address that 4-level paging can translate.
 inline bool canonical(u64 address) { return u64(s64(address << 16) >> 16) == address; }
