@@ -1,0 +1,47 @@
+// Lets the host CPU execute one guest instruction: a short function that loads the guest's registers and flags which
+// the instruction uses, runs the instruction itself (its memory operand replaced by a host address), and stores what it
+// wrote.
+//
+// Constraints:
+//  1. Host RSP stays a valid host stack at every instruction: a guest RSP operand is renamed to another register.
+//  2. Nothing that it runs can fault on the host: the caller has checked division, alignment and memory, and the FPU's
+//     exceptions are masked (SSE) or deferred (x87).
+//  3. Host MXCSR is as before afterwards. The x87 unit is left with the guest's registers; see leave_x87().
+//
+// Example: `add [rbx+8], cx` becomes
+//     movzx eax, word [rdi + arithmetic] ; add al, 0x7f ; sahf      (only where old flags survive or are read)
+//     mov   rcx, [rdi + gpr + 8]
+//     add   [rsi], cx
+//     lahf ; seto al ; mov [rdi + arithmetic], ax
+//     ret
+#pragma once
+
+#include <span>
+
+#include "x86/state.h"
+
+struct ZydisDecodedInstruction_;
+struct ZydisDecodedOperand_;
+
+namespace anykvm::engine {
+
+/// memory: host address of the memory operand, ignored when it has none.
+using NativeCode = void (*)(x86::CpuState* state, void* memory);
+
+inline constexpr unsigned native_code_bytes = 160;  ///< room for the longest
+
+struct EmitResult {
+  bool emitted = false;     ///< false: not an instruction that may run natively, or no room
+  bool uses_mxcsr = false;  ///< rounds and raises as MXCSR says
+};
+
+/// Emits code for the instruction into `out` (writable and executable). code_bits is the mode it was decoded for.
+/// Refused: control flow, stack, string and segment operands, more than one memory operand. That it is not a system
+/// instruction is the caller's to know.
+EmitResult emit_native(const ZydisDecodedInstruction_& instruction, std::span<const ZydisDecodedOperand_> operands,
+                       const u8* bytes, unsigned code_bits, std::span<u8> out);
+
+/// Whether the host has AVX-512, so that zmm registers must be kept whole.
+bool host_has_avx512();
+
+}  // namespace anykvm::engine
