@@ -1,0 +1,53 @@
+// The interpreter's chapters. Each select_* looks at a decoded instruction and, when it is one of its own, fills in
+// what its handler needs and returns the handler; else nullptr. decode() asks them in order. What an instruction does
+// stands beside its select_*, in the file of the chapter.
+#pragma once
+
+#include <Zydis/Zydis.h>
+
+#include "engine/interpret/instruction.h"
+
+namespace anykvm::engine {
+
+/// An instruction as Zydis decodes it.
+struct Decoded {
+  ZydisDecodedInstruction instruction;
+  ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
+
+  ZydisMnemonic mnemonic() const { return instruction.mnemonic; }
+  bool is_register(unsigned n) const { return operands[n].type == ZYDIS_OPERAND_TYPE_REGISTER; }
+  bool is_memory(unsigned n) const { return operands[n].type == ZYDIS_OPERAND_TYPE_MEMORY; }
+  bool is_immediate(unsigned n) const { return operands[n].type == ZYDIS_OPERAND_TYPE_IMMEDIATE; }
+  ZydisRegisterClass register_class(unsigned n) const { return ZydisRegisterGetClass(operands[n].reg.value); }
+  unsigned register_id(unsigned n) const { return unsigned(ZydisRegisterGetId(operands[n].reg.value)); }
+  unsigned bytes(unsigned n) const { return operands[n].size / 8; }
+};
+
+Handler select_move(const Decoded&, Instruction&);    ///< MOV, MOVZX, LEA, XLAT, NOP ...
+Handler select_stack(const Decoded&, Instruction&);   ///< PUSH, POP, ENTER, LEAVE, PUSHF ...
+Handler select_branch(const Decoded&, Instruction&);  ///< JMP, Jcc, CALL, RET, LOOP, far transfers, INT, IRET
+Handler select_string(const Decoded&, Instruction&);  ///< MOVS, STOS, LODS, CMPS, SCAS
+Handler select_io(const Decoded&, Instruction&);      ///< IN, OUT, INS, OUTS
+Handler select_bits(const Decoded&, Instruction&,
+                    std::span<u8> code);               ///< BT, BTS, BTR, BTC on memory with a register offset
+Handler select_divide(const Decoded&, Instruction&);   ///< DIV, IDIV
+Handler select_decimal(const Decoded&, Instruction&);  ///< AAA ... DAS, AAM, AAD, SALC, BOUND, ARPL: legacy modes only
+Handler select_system(const Decoded&, Instruction&);   ///< control registers, descriptor tables, MSRs, CPUID ...
+Handler select_state(const Decoded&, Instruction&);    ///< FXSAVE, XSAVE ..., XGETBV, MXCSR, VZEROALL, FWAIT
+Handler select_masked(const Decoded&, Instruction&);   ///< MASKMOV, VMASKMOV, VPMASKMOV, gathers
+Handler select_native(const Decoded&, Instruction&, std::span<u8> code);  ///< everything the host CPU executes for us
+
+x86::Result undefined(Context&, const Instruction&);  ///< raises #UD
+x86::Result no_operation(Context&, const Instruction&);
+
+/// #UD or #NM where CR0, CR4 and XCR0 do not allow the instruction's unit, #MF where one is pending.
+x86::Result check_unit(Context&, const Instruction&);
+
+/// Emits native code for the instruction and points out.native at it.
+bool make_native(const Decoded&, Instruction& out, std::span<u8> code);
+
+/// Decodes at most 15 bytes. `code`: room for native code. Returns the status when the bytes end too early.
+enum class DecodeStatus : u8 { ok, needs_more };
+DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Instruction& out, std::span<u8> code);
+
+}  // namespace anykvm::engine

@@ -1,0 +1,290 @@
+// The instructions that the host CPU executes for the guest (engine/native): all that compute, none that control.
+#include "engine/interpret/handlers.h"
+#include "engine/interpret/operands.h"
+
+namespace anykvm::engine {
+
+namespace {
+
+namespace cr0 = x86::cr0;
+namespace cr4 = x86::cr4;
+using x86::FpuState;
+
+/// MXCSR: six exception flags, DAZ, six masks.
+constexpr u32 mxcsr_flags = 0x3f, mxcsr_masks = 0x1f80;
+
+u16 x87_status(const x86::CpuState& state) {
+  u16 status;
+  std::memcpy(&status, state.fpu.x87 + 2, sizeof status);
+  return status;
+}
+
+/// The host leaves its own addresses in the x87 unit's last-instruction pointers: put the guest's there.
+void set_x87_pointers(Context& c, const Instruction& i, Gva operand) {
+  u8* image = c.cpu.state.fpu.x87;
+  const u16 opcode = u16(i.immediate);
+  std::memcpy(image + 6, &opcode, sizeof opcode);
+  std::memcpy(image + 8, &c.cpu.state.rip, 8);
+  if (i.has_memory) std::memcpy(image + 16, &operand, 8);
+}
+
+void note_use(Context& c, const Instruction& i) {
+  namespace xf = x86::xfeature;
+  switch (i.unit) {
+    case Unit::integer: break;
+    case Unit::x87:
+    case Unit::mmx:
+      c.cpu.state.fpu.in_use |= xf::x87 | xf::sse;
+      c.x87_touched = true;
+      break;
+    case Unit::sse: c.cpu.state.fpu.in_use |= xf::sse; break;
+    case Unit::avx: c.cpu.state.fpu.in_use |= xf::sse | xf::avx; break;
+    case Unit::avx512: c.cpu.state.fpu.in_use |= xf::sse | xf::avx | xf::opmask | xf::zmm_hi256 | xf::hi16_zmm; break;
+  }
+}
+
+/// Runs the code where some SIMD exception is unmasked: with all masked, and undone if an unmasked one came up. A host
+/// exception (and its signal) never happens.
+Result run_unmasked(Context& c, const Instruction& i, void* memory) {
+  x86::CpuState& state = c.cpu.state;
+  FpuState saved_fpu = state.fpu;
+  u64 saved_gpr[16];
+  std::memcpy(saved_gpr, state.gpr, sizeof saved_gpr);
+  const x86::ArithmeticFlags saved_flags = state.arithmetic;
+  const u32 mxcsr = state.fpu.mxcsr;
+
+  state.fpu.mxcsr = (mxcsr | mxcsr_masks) & ~mxcsr_flags;
+  i.native(&state, memory);
+  const u32 raised = state.fpu.mxcsr & mxcsr_flags;
+  if (raised & ~(mxcsr >> 7)) {
+    state.fpu = saved_fpu;
+    std::memcpy(state.gpr, saved_gpr, sizeof saved_gpr);
+    state.arithmetic = saved_flags;
+    state.fpu.mxcsr = mxcsr | raised;
+    return state.cr4 & cr4::osxmmexcpt ? c.cpu.raise(x86::exception::xm) : c.cpu.ud();
+  }
+  state.fpu.mxcsr = mxcsr | raised;
+  return Result::ok;
+}
+
+Result run(Context& c, const Instruction& i, void* memory) {
+  if (i.uses_mxcsr && (c.cpu.state.fpu.mxcsr & mxcsr_masks) != mxcsr_masks) [[unlikely]]
+    return run_unmasked(c, i, memory);
+  i.native(&c.cpu.state, memory);
+  return Result::ok;
+}
+
+Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
+  Gva gva;
+  ANYKVM_TRY(memory_address(c, i, i.memory_bytes, i.use == Cpu::Use::read ? Access::read : Access::write, gva));
+  if (i.alignment && gva & (i.alignment - 1u)) [[unlikely]]
+    return c.cpu.gp();
+  return c.cpu.open_operand(gva, i.memory_bytes, i.use, operand);
+}
+
+Result integer_register(Context& c, const Instruction& i) {
+  i.native(&c.cpu.state, nullptr);
+  return Result::ok;
+}
+Result integer_memory(Context& c, const Instruction& i) {
+  x86::Operand operand;
+  ANYKVM_TRY(open_memory(c, i, operand));
+  i.native(&c.cpu.state, operand.host);
+  c.cpu.close_operand(operand, i.use);
+  return Result::ok;
+}
+Result unit_register(Context& c, const Instruction& i) {
+  ANYKVM_TRY(check_unit(c, i));
+  ANYKVM_TRY(run(c, i, nullptr));
+  note_use(c, i);
+  if (i.moves_x87_pointers) set_x87_pointers(c, i, 0);
+  return Result::ok;
+}
+Result unit_memory(Context& c, const Instruction& i) {
+  ANYKVM_TRY(check_unit(c, i));
+  x86::Operand operand;
+  ANYKVM_TRY(open_memory(c, i, operand));
+  ANYKVM_TRY(run(c, i, operand.host));
+  note_use(c, i);
+  c.cpu.close_operand(operand, i.use);
+  if (i.moves_x87_pointers) set_x87_pointers(c, i, operand.gva);
+  return Result::ok;
+}
+
+/// FNSAVE and FRSTOR: an image larger than an operand.
+Result x87_image(Context& c, const Instruction& i) {
+  ANYKVM_TRY(check_unit(c, i));
+  u8 image[128];
+  Gva gva;
+  const bool writes = i.use == Cpu::Use::write;
+  ANYKVM_TRY(memory_address(c, i, i.memory_bytes, writes ? Access::write : Access::read, gva));
+  if (writes) {
+    // The instruction also resets the unit: be sure that the store can be done before it is run.
+    x86::Mmu::Translation page;
+    ANYKVM_TRY(c.cpu.mmu.translate(c.cpu, gva, Access::write, c.cpu.data_privilege, page));
+    ANYKVM_TRY(c.cpu.mmu.translate(c.cpu, gva + i.memory_bytes - 1, Access::write, c.cpu.data_privilege, page));
+  } else {
+    ANYKVM_TRY(c.cpu.read(gva, image, i.memory_bytes));
+  }
+  i.native(&c.cpu.state, image);
+  note_use(c, i);
+  return writes ? c.cpu.write(gva, image, i.memory_bytes) : Result::ok;
+}
+
+/// The categories whose instructions only compute: no privilege, no control transfer, no hidden state.
+bool computes(const Decoded& d) {
+  switch (d.instruction.meta.category) {
+    case ZYDIS_CATEGORY_ADOX_ADCX:
+    case ZYDIS_CATEGORY_AES:
+    case ZYDIS_CATEGORY_AVX:
+    case ZYDIS_CATEGORY_AVX2:
+    case ZYDIS_CATEGORY_AVX512:
+    case ZYDIS_CATEGORY_AVX512_BITALG:
+    case ZYDIS_CATEGORY_AVX512_VBMI:
+    case ZYDIS_CATEGORY_AVX512_VP2INTERSECT:
+    case ZYDIS_CATEGORY_BINARY:
+    case ZYDIS_CATEGORY_BITBYTE:
+    case ZYDIS_CATEGORY_BLEND:
+    case ZYDIS_CATEGORY_BMI1:
+    case ZYDIS_CATEGORY_BMI2:
+    case ZYDIS_CATEGORY_BROADCAST:
+    case ZYDIS_CATEGORY_CMOV:
+    case ZYDIS_CATEGORY_COMPRESS:
+    case ZYDIS_CATEGORY_CONFLICT:
+    case ZYDIS_CATEGORY_CONVERT:
+    case ZYDIS_CATEGORY_DATAXFER:
+    case ZYDIS_CATEGORY_EXPAND:
+    case ZYDIS_CATEGORY_FCMOV:
+    case ZYDIS_CATEGORY_FLAGOP:
+    case ZYDIS_CATEGORY_GFNI:
+    case ZYDIS_CATEGORY_IFMA:
+    case ZYDIS_CATEGORY_KMASK:
+    case ZYDIS_CATEGORY_LOGICAL:
+    case ZYDIS_CATEGORY_LOGICAL_FP:
+    case ZYDIS_CATEGORY_LZCNT:
+    case ZYDIS_CATEGORY_MMX:
+    case ZYDIS_CATEGORY_PCLMULQDQ:
+    case ZYDIS_CATEGORY_RDRAND:
+    case ZYDIS_CATEGORY_RDSEED:
+    case ZYDIS_CATEGORY_ROTATE:
+    case ZYDIS_CATEGORY_SEMAPHORE:
+    case ZYDIS_CATEGORY_SETCC:
+    case ZYDIS_CATEGORY_SHA:
+    case ZYDIS_CATEGORY_SHIFT:
+    case ZYDIS_CATEGORY_SSE:
+    case ZYDIS_CATEGORY_STTNI:
+    case ZYDIS_CATEGORY_VAES:
+    case ZYDIS_CATEGORY_VBMI2:
+    case ZYDIS_CATEGORY_VEX:
+    case ZYDIS_CATEGORY_VFMA:
+    case ZYDIS_CATEGORY_VPCLMULQDQ:
+    case ZYDIS_CATEGORY_X87_ALU: break;
+    default:
+      switch (d.mnemonic()) {
+        case ZYDIS_MNEMONIC_LFENCE:
+        case ZYDIS_MNEMONIC_MFENCE:
+        case ZYDIS_MNEMONIC_SFENCE: return true;
+        default: return false;
+      }
+  }
+  return d.instruction.encoding != ZYDIS_INSTRUCTION_ENCODING_XOP &&
+         d.instruction.encoding != ZYDIS_INSTRUCTION_ENCODING_3DNOW;
+}
+
+/// Legacy SSE operands of 16 bytes must be aligned unless the instruction says otherwise; VEX and EVEX ones need not
+/// unless it says so.
+u8 required_alignment(const Decoded& d, const Instruction& i) {
+  switch (d.mnemonic()) {
+    case ZYDIS_MNEMONIC_CMPXCHG16B: return 16;
+    case ZYDIS_MNEMONIC_VMOVAPS:
+    case ZYDIS_MNEMONIC_VMOVAPD:
+    case ZYDIS_MNEMONIC_VMOVDQA:
+    case ZYDIS_MNEMONIC_VMOVDQA32:
+    case ZYDIS_MNEMONIC_VMOVDQA64:
+    case ZYDIS_MNEMONIC_VMOVNTPS:
+    case ZYDIS_MNEMONIC_VMOVNTPD:
+    case ZYDIS_MNEMONIC_VMOVNTDQ:
+    case ZYDIS_MNEMONIC_VMOVNTDQA: return i.memory_bytes;
+    case ZYDIS_MNEMONIC_MOVUPS:
+    case ZYDIS_MNEMONIC_MOVUPD:
+    case ZYDIS_MNEMONIC_MOVDQU:
+    case ZYDIS_MNEMONIC_LDDQU:
+    case ZYDIS_MNEMONIC_PCMPESTRI:
+    case ZYDIS_MNEMONIC_PCMPESTRM:
+    case ZYDIS_MNEMONIC_PCMPISTRI:
+    case ZYDIS_MNEMONIC_PCMPISTRM: return 0;
+    default: return i.unit == Unit::sse && i.memory_bytes == 16 ? 16 : 0;
+  }
+}
+
+/// x87 control instructions neither wait for pending exceptions nor count as the last instruction.
+bool is_x87_control(ZydisMnemonic mnemonic, bool& waits) {
+  switch (mnemonic) {
+    case ZYDIS_MNEMONIC_FNINIT:
+    case ZYDIS_MNEMONIC_FNCLEX:
+    case ZYDIS_MNEMONIC_FNSTCW:
+    case ZYDIS_MNEMONIC_FNSTSW:
+    case ZYDIS_MNEMONIC_FNSTENV:
+    case ZYDIS_MNEMONIC_FNSAVE: waits = false; return true;
+    case ZYDIS_MNEMONIC_FLDCW:
+    case ZYDIS_MNEMONIC_FLDENV:
+    case ZYDIS_MNEMONIC_FRSTOR: waits = true; return true;
+    default: waits = true; return false;
+  }
+}
+
+}  // namespace
+
+Result check_unit(Context& c, const Instruction& i) {
+  const x86::CpuState& s = c.cpu.state;
+  namespace xf = x86::xfeature;
+  switch (i.unit) {
+    case Unit::integer: return Result::ok;
+    case Unit::x87:
+      if (s.cr0 & (cr0::em | cr0::ts)) return c.cpu.raise(x86::exception::nm);
+      break;
+    case Unit::mmx:
+      if (s.cr0 & cr0::em) return c.cpu.ud();
+      break;
+    case Unit::sse:
+      if (s.cr0 & cr0::em || !(s.cr4 & cr4::osfxsr)) return c.cpu.ud();
+      break;
+    case Unit::avx:
+    case Unit::avx512: {
+      const u64 needed =
+          i.unit == Unit::avx ? xf::sse | xf::avx : xf::sse | xf::avx | xf::opmask | xf::zmm_hi256 | xf::hi16_zmm;
+      if (!(s.cr4 & cr4::osxsave) || (s.xcr0 & needed) != needed || !s.protected_mode() || s.v86()) return c.cpu.ud();
+      break;
+    }
+  }
+  if (s.cr0 & cr0::ts) return c.cpu.raise(x86::exception::nm);
+  if (i.waits_for_x87 && x87_status(s) & 0x80) [[unlikely]]
+    return c.cpu.raise(x86::exception::mf);
+  return Result::ok;
+}
+
+bool make_native(const Decoded& d, Instruction& out, std::span<u8> code) {
+  const EmitResult result =
+      emit_native(d.instruction, {d.operands, d.instruction.operand_count}, out.bytes, out.code_bits, code);
+  if (!result.emitted) return false;
+  out.native = reinterpret_cast<NativeCode>(code.data());
+  out.uses_mxcsr = result.uses_mxcsr;
+  return true;
+}
+
+Handler select_native(const Decoded& d, Instruction& out, std::span<u8> code) {
+  if (!computes(d) || !make_native(d, out, code)) return nullptr;
+  if (out.has_memory) out.alignment = required_alignment(d, out);
+  if (out.unit == Unit::integer) return out.has_memory ? integer_memory : integer_register;
+  if (out.unit == Unit::mmx) out.waits_for_x87 = true;
+  if (out.unit == Unit::x87) {
+    bool waits;
+    out.moves_x87_pointers = !is_x87_control(d.mnemonic(), waits);
+    out.waits_for_x87 = waits;
+    out.immediate = (d.instruction.opcode & 7) << 8 | out.bytes[d.instruction.raw.modrm.offset];
+  }
+  if (!out.has_memory) return unit_register;
+  return out.memory_bytes > 64 ? x87_image : unit_memory;
+}
+
+}  // namespace anykvm::engine
