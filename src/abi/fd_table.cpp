@@ -42,6 +42,9 @@ int make_slot(int fd, Slot*& out) {
   return 0;
 }
 
+/// Every open file there is, in use or free: they are recycled, never freed, and leak checkers want to see them held.
+constinit std::atomic<OpenFile*> every_file{nullptr};
+
 /// Free open files are linked from the fork-safe section's pointer. A forked child starts with none: it leaves its
 /// parent's alone, whose list may have been half changed at the fork.
 OpenFile* allocate() {
@@ -52,7 +55,12 @@ OpenFile* allocate() {
       return file;
     }
   }
-  return new (std::nothrow) OpenFile;
+  auto* file = new (std::nothrow) OpenFile;
+  if (!file) return nullptr;
+  file->next_made = every_file.load(std::memory_order_relaxed);
+  while (!every_file.compare_exchange_weak(file->next_made, file, std::memory_order_release)) {
+  }
+  return file;
 }
 
 void release(OpenFile* file) {

@@ -34,6 +34,7 @@ struct OpenFile {
   vcpu::Vcpu* vcpu = nullptr;
   std::shared_ptr<VmFile> keeps;  ///< the VM and its vCPUs, as long as any of their descriptors is open
   OpenFile* next_free = nullptr;
+  OpenFile* next_made = nullptr;
 };
 
 /// Gives a reference back; the last one ends what the file keeps.

@@ -1,4 +1,5 @@
-// The ioctls whose argument is not one structure of fixed size, and those that make descriptors or belong to no VM.
+// The ioctls whose argument is not one structure of fixed size, those that make descriptors or belong to no VM, and
+// those that look at the machine before they look at their argument.
 #pragma once
 
 #include "abi/ioctl_table.h"
@@ -21,6 +22,7 @@ long get_feature_msrs(const Call& call);
 // ------------------------------------------------------------------------------------------------
 long check_vm_extension(const Call& call);
 long create_vcpu(const Call& call);
+long set_identity_map_addr(const Call& call);
 long set_gsi_routing(const Call& call);
 
 // --- vCPU (vcpu_calls.cpp)
@@ -30,6 +32,7 @@ long set_cpuid2(const Call& call);
 long get_cpuid2(const Call& call);
 long get_msrs(const Call& call);
 long set_msrs(const Call& call);
+long set_lapic(const Call& call);
 long set_signal_mask(const Call& call);
 long get_xsave(const Call& call);
 long set_xsave(const Call& call);

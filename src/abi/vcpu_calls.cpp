@@ -9,6 +9,7 @@
 #include "anykvm/kvm.h"
 #include "os/user_memory.h"
 #include "vcpu/vcpu.h"
+#include "vm/vm.h"
 
 namespace anykvm::abi {
 
@@ -45,6 +46,12 @@ long get_msrs(const Call& call) {
 long set_msrs(const Call& call) {
   return msr_io(call.arg, /*write_back=*/false,
                 [&](std::span<kvm_msr_entry> entries) { return call.vcpu->set_msrs(entries); });
+}
+
+long set_lapic(const Call& call) {
+  kvm_lapic_state state;
+  if (os::get_user(state, call.arg)) return call.vcpu->set_lapic(state);
+  return call.vcpu->vm().chips() ? -EFAULT : -EINVAL;  // what is wrong anyway comes first
 }
 
 long set_signal_mask(const Call& call) {

@@ -28,6 +28,7 @@ long create_vcpu(const Call& call) {
   file.run = os::Mapping(fd, vcpu_mmap_size);
   // Published under the lock, so that the vCPU is kept from the moment its number means something.
   const std::lock_guard lock(call.file->mutex);
+  call.file->vcpus.reserve(call.file->vcpus.size() + 1);  // the last thing that can fail
   int error = file.run.data() ? call.vm->create_vcpu(id, static_cast<kvm_run*>(file.run.data()), file.vcpu) : -ENOMEM;
   if (error >= 0) error = install_descriptor(fd, {FdKind::vcpu, call.vm, file.vcpu.get(), call.file});
   if (error < 0) {
@@ -36,6 +37,12 @@ long create_vcpu(const Call& call) {
   }
   call.file->vcpus.push_back(std::move(file));
   return fd;
+}
+
+long set_identity_map_addr(const Call& call) {
+  u64 address;
+  if (os::get_user(address, call.arg)) return call.vm->set_identity_map_addr(address);
+  return call.vm->vcpus().empty() ? -EFAULT : -EINVAL;  // what is wrong anyway comes first
 }
 
 long set_gsi_routing(const Call& call) {
