@@ -1,13 +1,13 @@
 #include "os/fault_guard.h"
 
 #include <signal.h>
-#include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
 
+#include "os/signal_handlers.h"
 #include "x86/types.h"
 
 // Everything from here to the handlers runs inside a signal handler of somebody else's process: no allocation, no lock,
@@ -37,10 +37,6 @@ static_assert(offsetof(Guard, stack) == 0 && offsetof(Guard, mxcsr) == 8 && offs
 [[gnu::tls_model("initial-exec")]] constinit thread_local Guard* innermost = nullptr;
 
 constexpr int handled_signals[] = {SIGSEGV, SIGBUS, SIGFPE};
-struct sigaction previous[3];
-
-unsigned index_of(int signal) { return signal == SIGSEGV ? 0 : signal == SIGBUS ? 1 : 2; }
-
 }  // namespace
 
 extern "C" {
@@ -139,47 +135,16 @@ bool unwind_guard(int signal, siginfo_t* info, mcontext_t& machine) {
   return false;
 }
 
-/// What would have happened without this handler.
-void chain(int signal, siginfo_t* info, void* context) {
-  struct sigaction& action = previous[index_of(signal)];
-  const bool sent = info->si_code <= 0;  // by kill(2) and its kind; otherwise the instruction itself faulted
-  const bool is_default = !(action.sa_flags & SA_SIGINFO) && action.sa_handler == SIG_DFL;
-  const bool is_ignored = !(action.sa_flags & SA_SIGINFO) && action.sa_handler == SIG_IGN;
-  if (is_ignored && sent) return;
-  if (is_default || is_ignored) {
-    // Returning runs the instruction again, now to its death with the right signal, address and core. Linux does not
-    // let a fault be ignored either. A signal that was sent has to be sent again.
-    struct sigaction fatal {};
-    fatal.sa_handler = SIG_DFL;
-    sigaction(signal, &fatal, nullptr);
-    if (sent) {
-      const long tid = syscall(SYS_gettid);
-      if (syscall(SYS_rt_tgsigqueueinfo, getpid(), tid, signal, info) != 0) syscall(SYS_tgkill, getpid(), tid, signal);
-    }
-    return;
-  }
-  sigset_t blocked = action.sa_mask;
-  if (!(action.sa_flags & SA_NODEFER)) sigaddset(&blocked, signal);
-  sigprocmask(SIG_BLOCK, &blocked, nullptr);  // undone by the return from this handler
-  const auto handler = action;
-  if (action.sa_flags & static_cast<int>(SA_RESETHAND)) action.sa_handler = SIG_DFL, action.sa_flags = 0;
-  if (handler.sa_flags & SA_SIGINFO)
-    handler.sa_sigaction(signal, info, context);
-  else
-    handler.sa_handler(signal);
-}
-
-void on_fault(int signal, siginfo_t* info, void* context) {
+/// false: not this library's; the client's action is next.
+bool on_fault(int signal, siginfo_t* info, void* context) {
+  if (info->si_code <= 0) return false;
   mcontext_t& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
-  if (info->si_code > 0) {
-    const auto rip = reinterpret_cast<const char*>(machine.gregs[REG_RIP]);
-    if (signal != SIGFPE && rip >= anykvm_user_copy && rip < anykvm_user_copy_end) {
-      machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(anykvm_user_copy_fault);
-      return;
-    }
-    if (unwind_guard(signal, info, machine)) return;
+  const auto rip = reinterpret_cast<const char*>(machine.gregs[REG_RIP]);
+  if (signal != SIGFPE && rip >= anykvm_user_copy && rip < anykvm_user_copy_end) {
+    machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(anykvm_user_copy_fault);
+    return true;
   }
-  chain(signal, info, context);
+  return unwind_guard(signal, info, machine);
 }
 
 /// 0 not yet, 1 under way, 2 done.
@@ -191,15 +156,7 @@ void install() {
     while (installed.load(std::memory_order_acquire) != 2) usleep(10);
     return;
   }
-  for (const int signal : handled_signals) {
-    // The old action is read first: a fault on another thread may reach the new handler at once.
-    sigaction(signal, nullptr, &previous[index_of(signal)]);
-    struct sigaction action {};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_ONSTACK | SA_SIGINFO | SA_NODEFER;
-    sigemptyset(&action.sa_mask);
-    sigaction(signal, &action, nullptr);
-  }
+  for (const int signal : handled_signals) claim_fault_signal(signal, on_fault);
   installed.store(2, std::memory_order_release);
 }
 

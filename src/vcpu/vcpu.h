@@ -6,6 +6,8 @@
 // section "any thread" never waits.
 #pragma once
 
+#include <pthread.h>
+
 #include <atomic>
 #include <csignal>
 #include <memory>
@@ -14,14 +16,15 @@
 #include <vector>
 
 #include "anykvm/kvm.h"
+#include "irqchip/lapic.h"
+#include "os/fault_guard.h"
+#include "os/signal_handlers.h"
+#include "paravirt/paravirt.h"
 #include "x86/cpu.h"
 #include "x86/machine.h"
 
 namespace anykvm::engine {
 class Engine;
-}
-namespace anykvm::irqchip {
-class LocalApic;
 }
 namespace anykvm::vm {
 class Vm;
@@ -29,7 +32,9 @@ class Vm;
 
 namespace anykvm::vcpu {
 
-class Vcpu final : public x86::Machine {
+class SignalMask;
+
+class Vcpu final : public x86::Machine, public irqchip::ApicClient, public irqchip::PvEoi, public paravirt::Client {
  public:
   Vcpu(std::shared_ptr<vm::Vm> vm, u32 id, kvm_run* run);
   ~Vcpu();
@@ -78,10 +83,164 @@ class Vcpu final : public x86::Machine {
   int kvmclock_ctrl();
   int enable_cap(const kvm_enable_cap& cap);
 
+  // --- any thread -------------------------------------------------------------------------------------------------
+  /// Has the vCPU forget every host pointer into guest memory; returns when it has, or will before it uses one.
+  void flush_tlb_and_wait();
+  /// VmClock has changed: the guest's clock page is written again before it runs on.
+  void clock_changed() { wake(); }
+  void wake() override;
+  void signal_nmi() override;
+  void signal_smi() override {}  ///< no system management mode: dropped, as by a kernel built without it
+  void signal_init() override;
+  void signal_sipi(u8 vector) override;
+  void signal_unhalt() override;
+
+  // --- what the CPU, its APIC and its paravirtual devices ask (the vCPU's thread) ------------------------------------
+  x86::HostPage page(Gpa gpa, bool for_write) override;
+  bool mmio_read(Gpa gpa, void* data, unsigned length) override;
+  bool mmio_write(Gpa gpa, const void* data, unsigned length) override;
+  bool pio_in(u16 port, void* data, unsigned size) override;
+  bool pio_out(u16 port, const void* data, unsigned size) override;
+  MsrResult read_msr(u32 index, u64& value) override;
+  MsrResult write_msr(u32 index, u64 value) override;
+  void cpuid(u32 leaf, u32 subleaf, u32 out[4]) override;
+  u64 read_cr8() override;
+  x86::Result write_cr8(u64 value) override;
+  x86::Result hypercall() override;
+  void interrupt_window_changed() override;
+
+  u64 tsc_deadline_ns(u64 guest_tsc) override;
+  bool offer() override;
+  bool withdraw() override;
+  void kick_cpu(u32 apic_id) override;
+  bool send_ipi(u32 apic_id, u32 icr) override;
+  bool has_local_apic() override { return apic_ != nullptr; }
+
  private:
-  std::shared_ptr<vm::Vm> vm_;
-  u32 id_;
-  kvm_run* run_;
+  /// What the client's answer in kvm_run belongs to.
+  enum class Pending : u8 { none, pio_in, mmio_read, mmio_write, hypercall };
+  /// Requests that INIT and start-up IPIs make.
+  static constexpr u32 init_request = 1, sipi_request = 2;
+  /// run_loop() and what it calls: go on in the guest, or return from KVM_RUN with 0 or -errno.
+  static constexpr int go_on = 1;
+
+  // run.cpp
+  int run_locked();
+  int run_loop();
+  int complete_exit();
+  int finish_instruction();
+  int enter_guest();
+  void enter_guarded();
+  int handle_exit();
+  int exit_to_client(u32 reason);
+  int next_mmio_write();
+  int exit_pio();
+  int exit_halt();
+  int exit_hypercall();
+  int exit_internal_error();
+  int sync_regs_in();
+  void sync_regs_out();
+  void save_run_state();
+  bool guest_state_is_valid() const;
+  /// Calls f; false when the host refused it an access to guest memory. Destructors in f are skipped then.
+  template <class F>
+  bool guarded(F&& f) {
+    struct Call {
+      F& f;
+      Vcpu& vcpu;
+    } call{f, *this};
+    return os::run_guarded(
+        [](void* arg) { static_cast<Call*>(arg)->f(); }, &call, os::HostFaults::memory,
+        [](void* arg, const void* address) { return static_cast<Call*>(arg)->vcpu.is_guest_memory(address); });
+  }
+  bool is_guest_memory(const void* host) const;
+
+  // events.cpp
+  bool accept_init_sipi();
+  bool inject_events();
+  bool inject_exception();
+  void collect_nmis();
+  int take_interrupt();
+  bool has_interrupt();
+  bool has_events();
+  bool has_pic_interrupt();
+  bool interrupts_allowed() const;
+  bool accepts_client_interrupt();
+  bool ready_for_client_interrupt();
+  bool wants_interrupt_window();
+  bool needs_reinjection() const;
+  void reset_after_init();
+
+  // wait.cpp
+  int block();
+  void wait(u32 ticket);
+  void enter_guest_mode();
+  void leave_guest_mode() { in_guest_mode_.store(0, std::memory_order_release); }
+  void serve_tlb_flush();
+  bool signal_arrived();
+
+  // state.cpp
+  int set_sregs_locked(const kvm_sregs& sregs);
+  void get_sregs_locked(kvm_sregs& sregs);
+  /// The fields that both forms have; check changes nothing.
+  template <class Sregs>
+  bool sregs_are_valid(const Sregs& sregs) const;
+  template <class Sregs>
+  void load_sregs(const Sregs& sregs);
+  template <class Sregs>
+  void store_sregs(Sregs& sregs);
+  void load_pdptes_from_memory();
+  int set_apic_base(u64 value);
+  u64 apic_base() const { return apic_ ? apic_->base() : apic_base_; }
+  void cpuid_set();
+  void tsc_moved();
+  bool host_get_msr(u32 index, u64& value);
+  bool host_set_msr(u32 index, u64 value);
+  void load_regs(const kvm_regs& regs);
+  void store_regs(kvm_regs& regs) const;
+  int load_events(const kvm_vcpu_events& events);
+  void store_events(kvm_vcpu_events& events);
+
+  const std::shared_ptr<vm::Vm> vm_;
+  const u32 id_;
+  kvm_run* const run_;
+  std::mutex mutex_;  ///< held by every ioctl, KVM_RUN for as long as it runs
+
+  x86::Cpu cpu_;
+  paravirt::Paravirt paravirt_;
+  std::unique_ptr<irqchip::LocalApic> apic_;  ///< nullptr: interrupts are the client's
+  std::unique_ptr<engine::Engine> engine_;
+
+  // Under mutex_.
+  Pending pending_ = Pending::none;
+  u64 pending_rip_ = 0;  ///< the client's answer is dropped when it has set another RIP
+  u32 mp_state_;
+  u64 apic_base_ = 0;       ///< without a local APIC
+  u64 cr8_ = 0;             ///< without a local APIC
+  int client_vector_ = -1;  ///< of KVM_INTERRUPT, with a local APIC but no PIC
+  bool has_run_ = false;
+  bool check_state_ = true;                  ///< the client has set registers since the last entry
+  bool window_wanted_ = false;               ///< an event waits for the interrupt window to open
+  bool tpr_lowered_ = false;                 ///< without a local APIC: KVM_EXIT_SET_TPR is due
+  u32 slot_hint_ = 0;                        ///< MemorySlots::page's last hit
+  u64 tsc_offset_seen_ = 0;                  ///< what the APIC's timer was armed with
+  std::unique_ptr<SignalMask> signal_mask_;  ///< KVM_SET_SIGNAL_MASK; nullptr: none
+
+  // Any thread.
+  std::atomic<u32> wake_word_{0};  ///< changes with every wake(); the futex a halted vCPU sleeps on
+  std::atomic<bool> sleeping_{false};
+  std::atomic<u32> init_sipi_{0};
+  std::atomic<u32> sipi_vector_{0};
+  std::atomic<u32> nmis_queued_{0};
+  std::atomic<bool> unhalted_{false};
+  std::atomic<u32> in_guest_mode_{0};  ///< may hold host pointers into guest memory
+  std::atomic<u64> flushes_wanted_{0}, flushes_done_{0};
+  std::atomic<int> wake_fd_{-1};  ///< of signal_mask_: also signalled by wake()
+
+  // Signal handlers on the vCPU's thread.
+  std::atomic<bool> interrupted_{false};
+  std::atomic<pthread_t> runner_{};  ///< the thread in KVM_RUN
+  static void on_signal(void* vcpu);
 };
 
 }  // namespace anykvm::vcpu

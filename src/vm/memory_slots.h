@@ -50,9 +50,11 @@ class MemorySlots {
   /// The page at gpa; for_write marks it in the dirty log. `hint` is the caller's last-hit cache (any value).
   /// Only while the caller is in guest mode (or otherwise waited for by `flush`).
   x86::HostPage page(Gpa gpa, bool for_write, u32& hint) const;
+  /// Whether a host address lies in some slot's memory. Async-signal-safe; same condition.
+  bool contains_host(const void* address) const;
 
  private:
-  int publish(std::unique_ptr<Snapshot> next);
+  void publish(std::unique_ptr<Snapshot> next);
 
   std::function<void()> flush_;
   std::mutex mutex_;  ///< changes

@@ -21,6 +21,7 @@ class TimerQueue;
 namespace anykvm::irqchip {
 class ApicBus;
 class IrqChips;
+class Pit;
 }  // namespace anykvm::irqchip
 namespace anykvm::paravirt {
 class VmClock;
@@ -93,7 +94,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
   bool triple_fault_event_enabled() const { return triple_fault_event_.load(std::memory_order_relaxed); }
   u64 hypercall_exits_enabled() const { return hypercall_exits_.load(std::memory_order_relaxed); }
   bool is_boot_cpu(u32 id) const { return id == boot_cpu_id_; }
-  vcpu::Vcpu* vcpu_by_id(u32 id);
+  bool has_local_apics() const { return chips_published_.load(std::memory_order_acquire) != nullptr; }
 
   /// Calls f(vcpu::Vcpu&) for every vCPU alive, without a lock that f could meet.
   template <class F>
@@ -104,7 +105,12 @@ class Vm : public std::enable_shared_from_this<Vm> {
 
  private:
   Vm();
+  struct Member {
+    u32 id;
+    std::weak_ptr<vcpu::Vcpu> vcpu;  ///< the ID stays taken when the vCPU has gone
+  };
   void flush_all_tlbs();
+  irqchip::Pit* pit();
 
   std::mutex mutex_;  ///< vCPU creation, chips, capabilities
   MemorySlots memory_;
@@ -116,9 +122,10 @@ class Vm : public std::enable_shared_from_this<Vm> {
   std::unique_ptr<IrqRouting> routing_;
   std::unique_ptr<IoEventFds> ioeventfds_;
   std::unique_ptr<IrqFds> irqfds_;
-  std::vector<std::weak_ptr<vcpu::Vcpu>> vcpus_;
+  std::vector<Member> vcpus_;
   u32 boot_cpu_id_ = 0;
-  bool pit_created_ = false;
+  u32 max_vcpu_ids_ = max_vcpu_ids;
+  bool max_vcpu_ids_set_ = false;
   std::atomic<u32> default_tsc_khz_;
   std::atomic<bool> exception_payload_{false}, triple_fault_event_{false};
   std::atomic<u64> hypercall_exits_{0};

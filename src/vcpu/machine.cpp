@@ -1,0 +1,130 @@
+// What the vCPU is to its CPU, its local APIC and its paravirtual devices: the machine around them.
+#include "irqchip/apic_bus.h"
+#include "irqchip/irqchip.h"
+#include "vcpu/vcpu.h"
+#include "vm/ioeventfd.h"
+#include "vm/vm.h"
+
+namespace anykvm::vcpu {
+namespace {
+
+constexpr u32 msr_apic_base = 0x1b, msr_pv_eoi = 0x4b564d04;
+constexpr u64 apic_base_bits =
+    irqchip::LocalApic::base_bsp | irqchip::LocalApic::base_x2apic | irqchip::LocalApic::base_enable | 0xfffffffff000;
+
+}  // namespace
+
+x86::HostPage Vcpu::page(Gpa gpa, bool for_write) { return vm_->memory().page(gpa, for_write, slot_hint_); }
+
+bool Vcpu::is_guest_memory(const void* host) const { return vm_->memory().contains_host(host); }
+
+bool Vcpu::mmio_read(Gpa gpa, void* data, unsigned length) {
+  if (apic_ && apic_->covers(gpa)) {
+    apic_->mmio_read(static_cast<u32>(gpa & ~page_mask), data, length);
+    return true;
+  }
+  irqchip::IrqChips* chips = vm_->chips();
+  return chips && chips->mmio_read(gpa, data, length);
+}
+
+bool Vcpu::mmio_write(Gpa gpa, const void* data, unsigned length) {
+  if (apic_ && apic_->covers(gpa)) {
+    apic_->mmio_write(static_cast<u32>(gpa & ~page_mask), data, length);
+    return true;
+  }
+  irqchip::IrqChips* chips = vm_->chips();
+  return (chips && chips->mmio_write(gpa, data, length)) ||
+         vm_->ioeventfds().write(vm::IoEventFds::Bus::mmio, gpa, data, length);
+}
+
+bool Vcpu::pio_in(u16 port, void* data, unsigned size) {
+  irqchip::IrqChips* chips = vm_->chips();
+  return chips && chips->pio_read(port, data, size);
+}
+
+bool Vcpu::pio_out(u16 port, const void* data, unsigned size) {
+  irqchip::IrqChips* chips = vm_->chips();
+  return (chips && chips->pio_write(port, data, size)) ||
+         vm_->ioeventfds().write(vm::IoEventFds::Bus::pio, port, data, size);
+}
+
+Vcpu::MsrResult Vcpu::read_msr(u32 index, u64& value) {
+  if (apic_) {
+    if (const MsrResult result = apic_->read_msr(index, value); result != MsrResult::not_mine) return result;
+  } else if (index == msr_apic_base) {
+    value = apic_base_;
+    return MsrResult::ok;
+  }
+  return paravirt_.read_msr(index, value, x86::Initiator::guest);
+}
+
+Vcpu::MsrResult Vcpu::write_msr(u32 index, u64 value) {
+  if (apic_) {
+    if (const MsrResult result = apic_->write_msr(index, value); result != MsrResult::not_mine) return result;
+    if (index == msr_pv_eoi) {
+      apic_->set_pv_eoi(nullptr);
+      const MsrResult result = paravirt_.write_msr(index, value, x86::Initiator::guest);
+      if (paravirt_.pv_eoi_enabled()) apic_->set_pv_eoi(this);
+      return result;
+    }
+  } else if (index == msr_apic_base) {
+    if (value & ~apic_base_bits) return MsrResult::gp;
+    apic_base_ = value;
+    return MsrResult::ok;
+  }
+  return paravirt_.write_msr(index, value, x86::Initiator::guest);
+}
+
+void Vcpu::cpuid(u32 leaf, u32 subleaf, u32 out[4]) {
+  cpu_.cpuid.lookup(leaf, subleaf, cpu_.state, apic_base() & irqchip::LocalApic::base_enable, out);
+}
+
+u64 Vcpu::read_cr8() { return apic_ ? apic_->tpr() : cr8_; }
+
+x86::Result Vcpu::write_cr8(u64 value) {
+  if (value > 15) return cpu_.gp();
+  if (apic_) {
+    apic_->set_tpr(value);
+    return x86::Result::ok;
+  }
+  if (value < cr8_) {
+    // The client, whose APIC this is, may have an interrupt that gets through now.
+    tpr_lowered_ = true;
+    cpu_.attention.store(1, std::memory_order_relaxed);
+  }
+  cr8_ = value;
+  return x86::Result::ok;
+}
+
+x86::Result Vcpu::hypercall() { return paravirt_.hypercall(); }
+
+u64 Vcpu::tsc_deadline_ns(u64 guest_tsc) { return paravirt_.monotonic_ns_of_tsc(guest_tsc); }
+
+bool Vcpu::offer() {
+  paravirt_.arm_pv_eoi();
+  return true;
+}
+
+bool Vcpu::withdraw() { return !paravirt_.collect_pv_eoi(); }
+
+void Vcpu::kick_cpu(u32 apic_id) {
+  if (irqchip::LocalApic* apic = vm_->apic_bus().find(apic_id)) apic->client().signal_unhalt();
+}
+
+bool Vcpu::send_ipi(u32 apic_id, u32 icr) {
+  irqchip::LocalApic* apic = vm_->apic_bus().find(apic_id);
+  if (!apic) return false;
+  apic->accept({.destination = apic_id,
+                .vector = static_cast<u8>(icr),
+                .mode = static_cast<irqchip::DeliveryMode>(icr >> 8 & 7)});
+  return true;
+}
+
+/// The guest's TSC was set: what the APIC and the clock page derive from it is stale.
+void Vcpu::tsc_moved() {
+  tsc_offset_seen_ = cpu_.state.tsc_offset;
+  paravirt_.tsc_changed();
+  if (apic_) apic_->tsc_changed();
+}
+
+}  // namespace anykvm::vcpu

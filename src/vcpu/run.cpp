@@ -1,0 +1,318 @@
+// KVM_RUN: the loop that lets the guest run until its client is needed. See docs/vcpu.md.
+// Reference: api.rst 4.10 KVM_RUN, chapter 5.
+//
+// Everything here is on the KVM_RUN path: no allocation, no lock but the vCPU's, no system call unless the guest halts.
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "engine/engine.h"
+#include "vcpu/signal_mask.h"
+#include "vcpu/vcpu.h"
+#include "vm/vm.h"
+
+namespace anykvm::vcpu {
+
+using x86::ExitKind;
+
+namespace {
+constexpr u64 sync_fields = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
+/// hardware_entry_failure_reason: VMX's "VM-entry failure due to invalid guest state".
+constexpr u64 invalid_guest_state = 0x80000021;
+}  // namespace
+
+int Vcpu::run() {
+  std::unique_lock lock(mutex_);
+  interrupted_.store(false, std::memory_order_relaxed);
+  runner_.store(pthread_self(), std::memory_order_relaxed);
+  os::SignalHold hold(on_signal, this, signal_mask_ ? &signal_mask_->blocked() : nullptr);
+  const int result = run_locked();
+  runner_.store({}, std::memory_order_relaxed);
+  lock.unlock();
+  hold.release();
+  return result;
+}
+
+int Vcpu::run_locked() {
+  const bool immediate_exit = const_cast<volatile u8&>(run_->immediate_exit);
+  run_->flags = 0;
+  if (mp_state_ == KVM_MP_STATE_UNINITIALIZED) {
+    if (immediate_exit) return -EINTR;
+    bool signal = false;
+    for (;;) {
+      const u32 ticket = wake_word_.load(std::memory_order_seq_cst);
+      if (init_sipi_.load(std::memory_order_acquire) != 0 || (signal = signal_arrived())) break;
+      wait(ticket);
+    }
+    leave_guest_mode();
+    accept_init_sipi();
+    if (signal) {
+      run_->exit_reason = KVM_EXIT_INTR;
+      return -EINTR;
+    }
+    return -EAGAIN;
+  }
+  if (run_->kvm_valid_regs & ~sync_fields || run_->kvm_dirty_regs & ~sync_fields) return -EINVAL;
+  if (run_->kvm_dirty_regs)
+    if (const int error = sync_regs_in()) return error;
+  if (!apic_) {
+    if (run_->cr8 > 15) return -EINVAL;
+    cr8_ = run_->cr8;
+  }
+
+  has_run_ = true;
+  enter_guest_mode();
+  int result = complete_exit();
+  if (result == go_on) {
+    if (immediate_exit)
+      result = -EINTR;
+    else
+      result = run_loop();
+  }
+  if (!guarded([this] { paravirt_.on_leave(paravirt::Paravirt::Leave::to_client); })) result = -EFAULT;
+  leave_guest_mode();
+
+  if (run_->kvm_valid_regs) sync_regs_out();
+  save_run_state();
+  return result;
+}
+
+int Vcpu::run_loop() {
+  run_->exit_reason = KVM_EXIT_UNKNOWN;
+  if (check_state_ && !guest_state_is_valid()) {
+    run_->fail_entry.hardware_entry_failure_reason = invalid_guest_state;
+    run_->fail_entry.cpu = id_;
+    return exit_to_client(KVM_EXIT_FAIL_ENTRY);
+  }
+  check_state_ = false;
+  for (;;) {
+    const int result = mp_state_ == KVM_MP_STATE_RUNNABLE ? enter_guest() : block();
+    if (result != go_on) return result;
+    if (wants_interrupt_window() && ready_for_client_interrupt()) return exit_to_client(KVM_EXIT_IRQ_WINDOW_OPEN);
+    if (signal_arrived()) {
+      run_->exit_reason = KVM_EXIT_INTR;
+      return -EINTR;
+    }
+  }
+}
+
+/// Serves what is waiting, injects what may be injected, and runs the guest once.
+int Vcpu::enter_guest() {
+  if (cpu_.attention.load(std::memory_order_relaxed) != 0) cpu_.attention.exchange(0, std::memory_order_seq_cst);
+  serve_tlb_flush();
+  if (init_sipi_.load(std::memory_order_acquire) != 0) {
+    accept_init_sipi();
+    if (mp_state_ != KVM_MP_STATE_RUNNABLE) return go_on;
+  }
+  if (cpu_.state.event.triple_fault_pending) {
+    cpu_.state.event.triple_fault_pending = false;
+    return exit_to_client(KVM_EXIT_SHUTDOWN);
+  }
+  if (interrupted_.load(std::memory_order_relaxed)) return go_on;
+  if (tsc_offset_seen_ != cpu_.state.tsc_offset) tsc_moved();
+
+  cpu_.exit.kind = ExitKind::none;
+  if (!guarded([this] { enter_guarded(); })) {
+    cpu_.mmio.reset();
+    return -EFAULT;
+  }
+  return handle_exit();
+}
+
+void Vcpu::enter_guarded() {
+  paravirt_.on_enter();
+  if (!inject_events()) return;  // the delivery itself needs the client, or ended in a triple fault
+  if (window_wanted_ && cpu_.state.event.shadow)
+    // The shadow lasts one instruction, and what it holds back comes right after.
+    engine_->step(cpu_);
+  else
+    engine_->run(cpu_);
+}
+
+int Vcpu::exit_to_client(u32 reason) {
+  run_->exit_reason = reason;
+  return 0;
+}
+
+int Vcpu::handle_exit() {
+  // The exit's instruction may have stored to MMIO before; the client gets that first, in program order.
+  switch (cpu_.exit.kind) {
+    case ExitKind::none:
+    case ExitKind::attention:
+      if (cpu_.mmio.has_writes()) return next_mmio_write();
+      if (std::exchange(tpr_lowered_, false)) return exit_to_client(KVM_EXIT_SET_TPR);
+      return go_on;
+    case ExitKind::halt: return exit_halt();
+    case ExitKind::pio: return exit_pio();
+    case ExitKind::mmio_write: return next_mmio_write();
+    case ExitKind::mmio_read: {
+      const auto& wanted = cpu_.mmio.wanted();
+      run_->mmio.phys_addr = wanted.gpa;
+      run_->mmio.len = wanted.length;
+      run_->mmio.is_write = 0;
+      pending_ = Pending::mmio_read;
+      pending_rip_ = cpu_.state.rip;
+      return exit_to_client(KVM_EXIT_MMIO);
+    }
+    case ExitKind::hypercall: return exit_hypercall();
+    case ExitKind::shutdown: return exit_to_client(KVM_EXIT_SHUTDOWN);
+    case ExitKind::memory_error: return -EFAULT;
+    case ExitKind::msr_read:
+    case ExitKind::msr_write:
+    case ExitKind::debug:
+    case ExitKind::internal_error: return exit_internal_error();
+  }
+  return exit_internal_error();
+}
+
+int Vcpu::next_mmio_write() {
+  if (!cpu_.mmio.has_writes()) return go_on;
+  const auto& write = cpu_.mmio.next_write();
+  run_->mmio.phys_addr = write.gpa;
+  run_->mmio.len = write.length;
+  run_->mmio.is_write = 1;
+  std::memcpy(run_->mmio.data, write.data, write.length);
+  pending_ = Pending::mmio_write;
+  return exit_to_client(KVM_EXIT_MMIO);
+}
+
+int Vcpu::exit_pio() {
+  const x86::Exit& exit = cpu_.exit;
+  run_->io.direction = exit.is_in ? KVM_EXIT_IO_IN : KVM_EXIT_IO_OUT;
+  run_->io.size = exit.size;
+  run_->io.port = exit.port;
+  run_->io.count = exit.count;
+  run_->io.data_offset = page_size;
+  pending_ = exit.is_in ? Pending::pio_in : Pending::none;
+  pending_rip_ = cpu_.state.rip;
+  return exit_to_client(KVM_EXIT_IO);
+}
+
+int Vcpu::exit_halt() {
+  if (!apic_) return exit_to_client(KVM_EXIT_HLT);
+  mp_state_ = KVM_MP_STATE_HALTED;
+  return go_on;
+}
+
+int Vcpu::exit_hypercall() {
+  const u64* gpr = cpu_.state.gpr;
+  std::memset(&run_->hypercall, 0, sizeof run_->hypercall);
+  run_->hypercall.nr = gpr[x86::rax];
+  run_->hypercall.args[0] = gpr[x86::rbx];
+  run_->hypercall.args[1] = gpr[x86::rcx];
+  run_->hypercall.args[2] = gpr[x86::rdx];
+  run_->hypercall.args[3] = gpr[x86::rsi];
+  run_->hypercall.longmode = cpu_.state.code_bits == 64;
+  pending_ = Pending::hypercall;
+  pending_rip_ = cpu_.state.rip;
+  return exit_to_client(KVM_EXIT_HYPERCALL);
+}
+
+/// An instruction that the engine cannot execute. User code of the guest gets #UD, so that it cannot stop its machine;
+/// from the kernel the client gets it, as KVM's emulator does both.
+int Vcpu::exit_internal_error() {
+  const x86::Exit& exit = cpu_.exit;
+  if (cpu_.state.cpl == 3 && exit.kind == ExitKind::internal_error) {
+    (void)cpu_.ud();
+    cpu_.exit.kind = ExitKind::none;
+    if (!guarded([this] { (void)cpu_.deliver_fault(); })) return -EFAULT;
+    return cpu_.exit.kind == ExitKind::internal_error ? exit_to_client(KVM_EXIT_SHUTDOWN) : handle_exit();
+  }
+  auto& failure = run_->emulation_failure;
+  std::memset(&failure, 0, sizeof failure);
+  failure.suberror = KVM_INTERNAL_ERROR_EMULATION;
+  if (exit.byte_count != 0) {
+    failure.ndata = 3;
+    failure.flags = KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES;
+    failure.insn_size = exit.byte_count;
+    std::memset(failure.insn_bytes, 0x90, sizeof failure.insn_bytes);
+    std::memcpy(failure.insn_bytes, exit.bytes, exit.byte_count);
+  }
+  return exit_to_client(KVM_EXIT_INTERNAL_ERROR);
+}
+
+/// Gives the guest what the client answered to the last exit. KVM does this before it looks at immediate_exit and
+/// signals, so that the registers are those of an instruction boundary when KVM_RUN returns EINTR.
+int Vcpu::complete_exit() {
+  const Pending pending = std::exchange(pending_, Pending::none);
+  const bool moved = cpu_.state.rip != pending_rip_;  // the client has set RIP: the instruction is not to be finished
+  switch (pending) {
+    case Pending::none: return go_on;
+    case Pending::pio_in:
+      if (moved) return go_on;
+      cpu_.pio_reply = cpu_.pio_data;
+      cpu_.pio_reply_bytes = run_->io.size * run_->io.count;
+      return finish_instruction();
+    case Pending::mmio_read:
+      if (moved) {
+        cpu_.mmio.reset();
+        return go_on;
+      }
+      cpu_.mmio.reply(run_->mmio.data);
+      return needs_reinjection() ? go_on : finish_instruction();  // else it was an event's delivery that asked
+    case Pending::mmio_write: cpu_.mmio.pop_write(); return next_mmio_write();
+    case Pending::hypercall:
+      cpu_.state.gpr[x86::rax] =
+          cpu_.state.code_bits == 64 ? run_->hypercall.ret : static_cast<u32>(run_->hypercall.ret);
+      return go_on;
+  }
+  return go_on;
+}
+
+int Vcpu::finish_instruction() {
+  serve_tlb_flush();
+  int result = go_on;
+  // INS consumes the batch one element a step.
+  for (u32 left = page_size; left != 0 && result == go_on; --left) {
+    cpu_.exit.kind = ExitKind::none;
+    const u32 reply_bytes = cpu_.pio_reply_bytes;
+    if (!guarded([this] { engine_->step(cpu_); })) {
+      cpu_.mmio.reset();
+      result = -EFAULT;
+      break;
+    }
+    result = handle_exit();
+    if (cpu_.pio_reply_bytes == 0 || cpu_.pio_reply_bytes == reply_bytes) break;
+  }
+  if (pending_ != Pending::pio_in) cpu_.pio_reply_bytes = 0;
+  return result;
+}
+
+/// What of an entry the hardware would refuse. KVM_SET_SREGS has refused the rest.
+bool Vcpu::guest_state_is_valid() const {
+  const x86::CpuState& state = cpu_.state;
+  if (!state.long_mode()) return true;
+  if (state.other_flags & x86::flag::vm) return false;
+  const x86::Segment& cs = state.segment[x86::cs];
+  if (!cs.l) return state.rip >> 32 == 0;
+  return !cs.db && x86::canonical(state.rip);
+}
+
+void Vcpu::save_run_state() {
+  run_->if_flag = (cpu_.state.other_flags & x86::flag::if_) != 0;
+  run_->cr8 = read_cr8();
+  run_->apic_base = apic_base();
+  run_->ready_for_interrupt_injection = vm_->chips() != nullptr || ready_for_client_interrupt();
+}
+
+int Vcpu::sync_regs_in() {
+  const auto& regs = run_->s.regs;
+  if (run_->kvm_dirty_regs & KVM_SYNC_X86_REGS) load_regs(regs.regs);
+  if (run_->kvm_dirty_regs & KVM_SYNC_X86_SREGS) {
+    kvm_sregs sregs = regs.sregs;
+    if (set_sregs_locked(sregs) != 0) return -EINVAL;
+  }
+  if (run_->kvm_dirty_regs & KVM_SYNC_X86_EVENTS)
+    if (load_events(regs.events) != 0) return -EINVAL;
+  run_->kvm_dirty_regs = 0;
+  return 0;
+}
+
+void Vcpu::sync_regs_out() {
+  auto& regs = run_->s.regs;
+  if (run_->kvm_valid_regs & KVM_SYNC_X86_REGS) store_regs(regs.regs);
+  if (run_->kvm_valid_regs & KVM_SYNC_X86_SREGS) get_sregs_locked(regs.sregs);
+  if (run_->kvm_valid_regs & KVM_SYNC_X86_EVENTS) store_events(regs.events);
+}
+
+}  // namespace anykvm::vcpu

@@ -1,0 +1,32 @@
+#include "vcpu/vcpu.h"
+
+#include <unistd.h>
+
+#include "engine/engine.h"
+#include "irqchip/apic_bus.h"
+#include "vcpu/signal_mask.h"
+#include "vm/vm.h"
+
+namespace anykvm::vcpu {
+
+Vcpu::Vcpu(std::shared_ptr<vm::Vm> vm, u32 id, kvm_run* run)
+    : vm_(std::move(vm)), id_(id), run_(run), cpu_(*this), paravirt_(cpu_, vm_->clock(), *this, id) {
+  const bool is_boot_cpu = vm_->is_boot_cpu(id);
+  if (vm_->has_local_apics())
+    apic_ = std::make_unique<irqchip::LocalApic>(id, *this, vm_->apic_bus(), vm_->timers(), is_boot_cpu);
+  mp_state_ = !apic_ || is_boot_cpu ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_UNINITIALIZED;
+  paravirt_.set_tsc_khz(static_cast<u32>(vm_->get_tsc_khz()));
+  tsc_offset_seen_ = cpu_.state.tsc_offset;
+  cpu_.immediate_exit = &run_->immediate_exit;
+  cpu_.pio_data = reinterpret_cast<u8*>(run_) + page_size;
+  engine_ = engine::make_interpreter();
+  os::install_fault_handlers();
+}
+
+Vcpu::~Vcpu() {
+  apic_.reset();  // first: other threads reach the vCPU through it
+  signal_mask_.reset();
+  if (const int fd = wake_fd_.load(); fd >= 0) close(fd);
+}
+
+}  // namespace anykvm::vcpu

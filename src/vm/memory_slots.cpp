@@ -1,0 +1,127 @@
+#include "vm/memory_slots.h"
+
+#include <algorithm>
+#include <cerrno>
+
+#include "os/user_memory.h"
+
+namespace anykvm::vm {
+namespace {
+
+constexpr u64 user_address_end = 0x7ffffffff000;  ///< Linux' TASK_SIZE_MAX with 4-level tables
+
+u64 bitmap_words(u64 pages) { return (pages + 63) / 64; }
+
+}  // namespace
+
+MemorySlots::MemorySlots(std::function<void()> flush) : flush_(std::move(flush)), current_(new Snapshot) {}
+
+MemorySlots::~MemorySlots() { delete current_.load(); }
+
+int MemorySlots::set_region(const kvm_userspace_memory_region& region) {
+  const u32 id = region.slot & 0xffff, address_space = region.slot >> 16;
+  if (id >= max_slots) return -EINVAL;
+  if (region.flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY)) return -EINVAL;
+  if ((region.memory_size | region.guest_phys_addr | region.userspace_addr) & ~page_mask) return -EINVAL;
+  if (region.memory_size > user_address_end || region.userspace_addr > user_address_end - region.memory_size)
+    return -EINVAL;
+  if (address_space != 0) return -EINVAL;
+  if (region.guest_phys_addr + region.memory_size < region.guest_phys_addr) return -EINVAL;
+  if (region.memory_size / page_size > max_pages) return -EINVAL;
+
+  std::lock_guard lock(mutex_);
+  auto next = std::make_unique<Snapshot>(*current_.load(std::memory_order_relaxed));
+  const auto old = std::ranges::find(*next, id, &MemorySlot::id);
+
+  if (region.memory_size == 0) {
+    if (old == next->end()) return -EINVAL;
+    next->erase(old);
+    publish(std::move(next));
+    return 0;
+  }
+
+  MemorySlot slot{.base_gfn = region.guest_phys_addr / page_size,
+                  .pages = region.memory_size / page_size,
+                  .host = reinterpret_cast<u8*>(region.userspace_addr),
+                  .id = id,
+                  .flags = region.flags};
+  bool moves = true;
+  if (old != next->end()) {
+    if (old->host != slot.host || old->pages != slot.pages || ((old->flags ^ slot.flags) & KVM_MEM_READONLY))
+      return -EINVAL;
+    moves = old->base_gfn != slot.base_gfn;
+    if (!moves && old->flags == slot.flags) return 0;
+    slot.dirty = old->dirty;
+    next->erase(old);
+  }
+  if (moves) {
+    const auto overlaps = [&](const MemorySlot& other) {
+      return other.base_gfn < slot.end_gfn() && slot.base_gfn < other.end_gfn();
+    };
+    if (std::ranges::any_of(*next, overlaps)) return -EEXIST;
+    if (slot.end_gfn() - 1 > max_gfn) return -EINVAL;
+  }
+  if (!(slot.flags & KVM_MEM_LOG_DIRTY_PAGES))
+    slot.dirty.reset();
+  else if (!slot.dirty)
+    slot.dirty.reset(new std::atomic<u64>[bitmap_words(slot.pages)]());
+  next->insert(std::ranges::upper_bound(*next, slot.base_gfn, {}, &MemorySlot::base_gfn), slot);
+  publish(std::move(next));
+  return 0;
+}
+
+void MemorySlots::publish(std::unique_ptr<Snapshot> next) {
+  std::unique_ptr<const Snapshot> old(current_.exchange(next.release(), std::memory_order_seq_cst));
+  flush_();
+}
+
+int MemorySlots::get_dirty_log(const kvm_dirty_log& log) {
+  if ((log.slot & 0xffff) >= max_slots || log.slot >> 16 != 0) return -EINVAL;
+  std::lock_guard lock(mutex_);
+  const Snapshot& slots = *current_.load(std::memory_order_relaxed);
+  const auto slot = std::ranges::find(slots, log.slot, &MemorySlot::id);
+  if (slot == slots.end() || !slot->dirty) return -ENOENT;
+
+  std::vector<u64> bitmap(bitmap_words(slot->pages));
+  bool any = false;
+  for (u64 i = 0; i < bitmap.size(); ++i) {
+    if (slot->dirty[i].load(std::memory_order_relaxed) == 0) continue;
+    bitmap[i] = slot->dirty[i].exchange(0, std::memory_order_acq_rel);
+    any = true;
+  }
+  // A vCPU that may still store to these pages without asking again does so before the client sees the log.
+  if (any) flush_();
+  return os::copy_to_user(log.dirty_bitmap, bitmap.data(), bitmap.size() * sizeof(u64)) ? 0 : -EFAULT;
+}
+
+x86::HostPage MemorySlots::page(Gpa gpa, bool for_write, u32& hint) const {
+  const Snapshot& slots = *current_.load(std::memory_order_acquire);
+  const Gfn gfn = gpa / page_size;
+  const auto holds = [gfn](const MemorySlot& slot) { return gfn - slot.base_gfn < slot.pages; };
+  if (hint >= slots.size() || !holds(slots[hint])) {
+    const auto above = std::ranges::upper_bound(slots, gfn, {}, &MemorySlot::base_gfn);
+    if (above == slots.begin()) return {};
+    const auto found = above - 1;
+    if (!holds(*found)) return {};
+    hint = static_cast<u32>(found - slots.begin());
+  }
+  const MemorySlot& slot = slots[hint];
+  const u64 index = gfn - slot.base_gfn;
+  x86::HostPage page{slot.host + index * page_size, !(slot.flags & KVM_MEM_READONLY)};
+  if (slot.dirty && page.writable) {
+    // Stores are announced while they are logged, so that a page is only writable to who announced one.
+    if (for_write)
+      slot.dirty[index / 64].fetch_or(1ull << index % 64, std::memory_order_acq_rel);
+    else
+      page.writable = false;
+  }
+  return page;
+}
+
+bool MemorySlots::contains_host(const void* address) const {
+  return std::ranges::any_of(*current_.load(std::memory_order_acquire), [address](const MemorySlot& slot) {
+    return static_cast<u64>(static_cast<const u8*>(address) - slot.host) < slot.pages * page_size;
+  });
+}
+
+}  // namespace anykvm::vm

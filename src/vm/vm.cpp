@@ -1,0 +1,200 @@
+#include "vm/vm.h"
+
+#include <linux/kvm_para.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "irqchip/apic_bus.h"
+#include "irqchip/irqchip.h"
+#include "os/timer_queue.h"
+#include "os/tsc.h"
+#include "paravirt/clock.h"
+#include "vcpu/vcpu.h"
+#include "vm/ioeventfd.h"
+#include "vm/irq_routing.h"
+#include "vm/irqfd.h"
+
+namespace anykvm::vm {
+
+Vm::Vm()
+    : memory_([this] { flush_all_tlbs(); }),
+      timers_(std::make_unique<os::TimerQueue>()),
+      clock_(std::make_unique<paravirt::VmClock>()),
+      apic_bus_(std::make_unique<irqchip::ApicBus>()),
+      routing_(std::make_unique<IrqRouting>(*apic_bus_)),
+      ioeventfds_(std::make_unique<IoEventFds>()),
+      irqfds_(std::make_unique<IrqFds>(*routing_)),
+      default_tsc_khz_(os::host_tsc_khz()) {}
+
+Vm::~Vm() = default;
+
+int Vm::create(unsigned long type, std::shared_ptr<Vm>& out) {
+  if (type != 0) return -EINVAL;
+  out.reset(new Vm);
+  return 0;
+}
+
+// --- memory -------------------------------------------------------------------------------------------------------
+
+int Vm::set_user_memory_region(const kvm_userspace_memory_region& region) { return memory_.set_region(region); }
+
+int Vm::get_dirty_log(const kvm_dirty_log& log) { return memory_.get_dirty_log(log); }
+
+void Vm::flush_all_tlbs() {
+  for_each_vcpu([](vcpu::Vcpu& vcpu) { vcpu.flush_tlb_and_wait(); });
+}
+
+/// Where Intel CPUs without unrestricted guest mode need three pages. Nothing here does.
+int Vm::set_tss_addr(u64 address) { return address > 0xffffd000 ? -EINVAL : 0; }
+
+int Vm::set_identity_map_addr(u64) {
+  std::lock_guard lock(mutex_);
+  return vcpus_.empty() ? 0 : -EINVAL;
+}
+
+// --- vCPUs --------------------------------------------------------------------------------------------------------
+
+int Vm::create_vcpu(u32 id, kvm_run* run, std::shared_ptr<vcpu::Vcpu>& out) {
+  std::lock_guard lock(mutex_);
+  if (id >= max_vcpu_ids_ || vcpus_.size() >= max_vcpus) return -EINVAL;
+  if (std::ranges::find(vcpus_, id, &Member::id) != vcpus_.end()) return -EEXIST;
+  auto vcpu = std::make_shared<vcpu::Vcpu>(shared_from_this(), id, run);
+  vcpus_.push_back({id, vcpu});
+  out = std::move(vcpu);
+  return 0;
+}
+
+std::vector<std::shared_ptr<vcpu::Vcpu>> Vm::vcpus() {
+  std::vector<std::shared_ptr<vcpu::Vcpu>> alive;
+  std::lock_guard lock(mutex_);
+  alive.reserve(vcpus_.size());
+  for (const Member& member : vcpus_)
+    if (std::shared_ptr<vcpu::Vcpu> vcpu = member.vcpu.lock()) alive.push_back(std::move(vcpu));
+  return alive;
+}
+
+int Vm::set_boot_cpu_id(u64 id) {
+  std::lock_guard lock(mutex_);
+  if (!vcpus_.empty()) return -EBUSY;
+  if (id > max_vcpu_ids) return -EINVAL;
+  boot_cpu_id_ = static_cast<u32>(id);
+  return 0;
+}
+
+// --- interrupts ---------------------------------------------------------------------------------------------------
+
+int Vm::create_irqchip() {
+  std::lock_guard lock(mutex_);
+  if (chips_) return -EEXIST;
+  if (!vcpus_.empty()) return -EINVAL;
+  chips_ = std::make_unique<irqchip::IrqChips>(*apic_bus_);
+  routing_->attach(*chips_);
+  // From here on local APICs may arm timers, whose thread a seccomp filter might forbid later.
+  timers_->start();
+  chips_published_.store(chips_.get(), std::memory_order_release);
+  return 0;
+}
+
+int Vm::get_irqchip(kvm_irqchip& chip) { return chips() ? chips()->get_state(chip) : -ENXIO; }
+int Vm::set_irqchip(const kvm_irqchip& chip) { return chips() ? chips()->set_state(chip) : -ENXIO; }
+
+int Vm::create_pit2(const kvm_pit_config& config) {
+  std::lock_guard lock(mutex_);
+  if (chips_ && chips_->pit()) return -EEXIST;
+  if (!chips_) return -ENOENT;
+  return chips_->create_pit(*timers_, *routing_, config.flags);
+}
+
+irqchip::Pit* Vm::pit() { return chips() ? chips()->pit() : nullptr; }
+
+int Vm::get_pit2(kvm_pit_state2& state) {
+  if (!pit()) return -ENXIO;
+  pit()->get_state(state);
+  return 0;
+}
+
+int Vm::set_pit2(const kvm_pit_state2& state) {
+  if (!pit()) return -ENXIO;
+  pit()->set_state(state);
+  return 0;
+}
+
+int Vm::reinject_control(const kvm_reinject_control& control) {
+  if (!pit()) return -ENXIO;
+  pit()->set_reinject(control.pit_reinject != 0);
+  return 0;
+}
+
+int Vm::irq_line(const kvm_irq_level& level) {
+  if (!chips()) return -ENXIO;
+  routing_->set_irq(level.irq, level.level != 0);
+  return 0;
+}
+
+int Vm::irq_line_status(kvm_irq_level& level) {
+  if (!chips()) return -ENXIO;
+  level.status = routing_->set_irq(level.irq, level.level != 0);
+  return 0;
+}
+
+int Vm::set_gsi_routing(u32 flags, std::span<const kvm_irq_routing_entry> entries) {
+  if (!chips()) return -EINVAL;
+  return routing_->set_gsi_routing(flags, entries);
+}
+
+int Vm::signal_msi(const kvm_msi& msi) { return chips() ? routing_->signal_msi(msi) : -EINVAL; }
+
+int Vm::irqfd(const kvm_irqfd& args) {
+  if (!chips() && !(args.flags & KVM_IRQFD_FLAG_DEASSIGN)) return -EAGAIN;
+  return irqfds_->ioctl(args);
+}
+
+int Vm::ioeventfd(const kvm_ioeventfd& args) { return ioeventfds_->ioctl(args); }
+
+// --- time ---------------------------------------------------------------------------------------------------------
+
+int Vm::get_clock(kvm_clock_data& clock) { return clock_->get_clock(clock); }
+
+int Vm::set_clock(const kvm_clock_data& clock) {
+  if (const int error = clock_->set_clock(clock)) return error;
+  for_each_vcpu([](vcpu::Vcpu& vcpu) { vcpu.clock_changed(); });
+  return 0;
+}
+
+int Vm::get_tsc_khz() { return static_cast<int>(default_tsc_khz_.load(std::memory_order_relaxed)); }
+
+int Vm::set_tsc_khz(u32 khz) {
+  default_tsc_khz_.store(khz ? khz : os::host_tsc_khz(), std::memory_order_relaxed);
+  return 0;
+}
+
+// --- capabilities -------------------------------------------------------------------------------------------------
+
+int Vm::enable_cap(const kvm_enable_cap& cap) {
+  if (cap.flags) return -EINVAL;
+  const u64 value = cap.args[0];
+  std::lock_guard lock(mutex_);
+  switch (cap.cap) {
+    case KVM_CAP_EXCEPTION_PAYLOAD: exception_payload_.store(value != 0); return 0;
+    case KVM_CAP_X86_TRIPLE_FAULT_EVENT: triple_fault_event_.store(value != 0); return 0;
+    case KVM_CAP_EXIT_HYPERCALL:
+      if (value & ~(1ull << KVM_HC_MAP_GPA_RANGE)) return -EINVAL;
+      hypercall_exits_.store(value);
+      return 0;
+    case KVM_CAP_X2APIC_API:
+      if (value & ~(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK)) return -EINVAL;
+      if (value & KVM_X2APIC_API_USE_32BIT_IDS) apic_bus_->set_x2apic_format(true);
+      if (value & KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK) apic_bus_->disable_broadcast_quirk();
+      return 0;
+    case KVM_CAP_MAX_VCPU_ID:
+      if (value > max_vcpu_ids || boot_cpu_id_ > value) return -EINVAL;
+      if (max_vcpu_ids_set_) return max_vcpu_ids_ == value ? 0 : -EINVAL;
+      max_vcpu_ids_ = static_cast<u32>(value);
+      max_vcpu_ids_set_ = true;
+      return 0;
+    default: return -EINVAL;
+  }
+}
+
+}  // namespace anykvm::vm
