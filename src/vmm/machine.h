@@ -1,0 +1,72 @@
+// The machine that `anykvm boot` gives a kernel: a PC without PCI; disks, network and entropy are virtio-mmio.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "anykvm/anykvm.h"
+#include "vmm/acpi/tables.h"
+#include "vmm/bus.h"
+#include "vmm/event_loop.h"
+#include "vmm/guest_memory.h"
+#include "vmm/i8042.h"
+#include "vmm/loader/kernel.h"
+#include "vmm/power_management.h"
+#include "vmm/rtc.h"
+#include "vmm/run_outcome.h"
+#include "vmm/serial.h"
+#include "vmm/vcpu_thread.h"
+#include "vmm/virtio/device.h"
+#include "vmm/virtio/mmio.h"
+
+namespace anykvm::vmm {
+
+struct DiskOption {
+  std::string path;
+  bool read_only = false;
+};
+
+struct MachineOptions {
+  KernelFiles files;
+  u64 memory_bytes = u64{512} << 20;
+  unsigned cpus = 1;
+  std::vector<DiskOption> disks;
+  bool network = false;
+};
+
+/// Assembled by the constructor, run by start(), ended by stop(). Throws BadInput for files, KvmError for a KVM that is
+/// not able to.
+class Machine {
+ public:
+  static constexpr u32 virtio_base = 0xd000'0000;
+  static constexpr unsigned virtio_limit = 16;
+
+  Machine(const Kvm& kvm, const MachineOptions& options, EventLoop& loop, OutcomeBox& outcome,
+          std::function<void(u8)> console);
+  ~Machine();
+
+  Serial16550& serial() { return *serial_; }
+  void start();
+  /// Brings all vCPUs to an end. The event loop must be stopped before devices go, and is the caller's.
+  void stop();
+
+ private:
+  void add_virtio(std::unique_ptr<VirtioDevice> device);
+  void create_vcpus(const Kvm& kvm, unsigned count, const LoadedKernel& kernel);
+  IrqLine& line(u32 gsi);
+
+  OutcomeBox& outcome_;
+  GuestMemory memory_;
+  Vm vm_;
+  Bus ports_, mmio_;
+  std::vector<std::unique_ptr<GsiLine>> lines_;
+  std::unique_ptr<Serial16550> serial_;
+  std::unique_ptr<I8042> keyboard_;
+  std::unique_ptr<Rtc> rtc_;
+  std::unique_ptr<PowerManagement> power_;
+  std::vector<VirtioSlot> virtio_slots_;
+  std::vector<std::unique_ptr<VirtioMmio>> virtio_;
+  std::vector<std::unique_ptr<VcpuThread>> vcpus_;
+};
+
+}  // namespace anykvm::vmm
