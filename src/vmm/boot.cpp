@@ -74,21 +74,19 @@ Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options) {
   const Kvm kvm(std::move(device));
 
   // The console before the machine: its handler for fatal signals has to be below the one of a software KVM.
-  std::optional<Console> console;
-  Machine machine(kvm, options.machine, loop, outcome, [&](u8 byte) { console->put(byte); });
-  console.emplace(loop, [&] { outcome.set({Outcome::Kind::left, {}}); });
-  console->connect(machine.serial());
+  Console console(loop, [&] { outcome.set({Outcome::Kind::left, {}}); });
+  Machine machine(kvm, options.machine, loop, outcome, [&](u8 byte) { console.put(byte); });
+  console.connect(machine.serial());
   if (!options.quiet)
     fmt::print(stderr, "anykvm: {} CPU{}, {} MiB, engine {}{}{}", options.machine.cpus,
                options.machine.cpus == 1 ? "" : "s", options.machine.memory_bytes >> 20, engine,
-               console->interactive() ? "; Ctrl-A x leaves, Ctrl-A h helps" : "",
-               console->interactive() ? "\r\n" : "\n");
+               console.interactive() ? "; Ctrl-A x leaves, Ctrl-A h helps" : "", console.interactive() ? "\r\n" : "\n");
   loop.start();
   machine.start();
   const Outcome result = outcome.wait(options.timeout);
   machine.stop();
   loop.stop();
-  console->finish();
+  console.finish();
   return result;
 }
 

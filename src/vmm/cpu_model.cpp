@@ -34,7 +34,7 @@ std::vector<kvm_cpuid_entry2> cpuid_of(const Kvm& kvm, unsigned id, unsigned cou
         entry.ecx = entry.index | (entry.index == 0 ? 1u << 8 : entry.index == 1 ? 2u << 8 : 0);
         entry.edx = id;
         break;
-      case 0x8000'0008: entry.ecx = (count - 1) & 0xff | id_bits << 12; break;
+      case 0x8000'0008: entry.ecx = ((count - 1) & 0xff) | id_bits << 12; break;
       case 0x8000'001e:
         entry.eax = id;
         entry.ebx = id & 0xff;

@@ -22,7 +22,7 @@ void install_kick_handler() {
 
 std::string hex(std::span<const u8> bytes) {
   std::string text;
-  for (const u8 byte : bytes) text += fmt::format(text.empty() ? "{:02x}" : " {:02x}", byte);
+  for (const u8 byte : bytes) text += fmt::format("{}{:02x}", text.empty() ? "" : " ", byte);
   return text;
 }
 

@@ -1,6 +1,8 @@
 // The terms. Opcodes are those of ACPI 6.4, section 20.3.
 #include "vmm/acpi/aml.h"
 
+#include <algorithm>
+
 namespace anykvm::vmm::aml {
 
 namespace {
@@ -82,9 +84,9 @@ Bytes integer(u64 value) {
 }
 
 Bytes string(std::string_view text) {
-  Bytes result{op_string};
-  result.insert(result.end(), text.begin(), text.end());
-  result.push_back(0);
+  Bytes result(text.size() + 2);
+  result.front() = op_string;
+  std::ranges::copy(text, result.begin() + 1);
   return result;
 }
 
