@@ -1,0 +1,22 @@
+// The host's KVM when it serves, this library's engine otherwise.
+#include "tools/engine_choice.h"
+
+#include "client/host_probe.h"
+
+namespace anykvm::tools {
+
+EngineChoice choose_engine(const std::string& wish) {
+  if (wish == "host") return {.host = true, .name = "host", .reason = "asked for", .host_kvm = {}};
+  if (wish == "interpret") return {.host = false, .name = "interpret", .reason = "asked for", .host_kvm = {}};
+  const HostProbe probe = probe_host_kvm();
+  return {.host = probe.serves,
+          .name = probe.serves ? "host" : "interpret",
+          .reason = probe.reason,
+          .host_kvm = probe.reason};
+}
+
+std::shared_ptr<KvmDevice> open_engine(const EngineChoice& choice) {
+  return choice.host ? KvmDevice::host() : KvmDevice::software();
+}
+
+}  // namespace anykvm::tools

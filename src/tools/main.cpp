@@ -1,0 +1,113 @@
+// The `anykvm` command: its subcommands, their options, and exit code 64 with one line for what it does not understand.
+#include <fmt/format.h>
+#include <sysexits.h>
+
+#include <CLI/CLI.hpp>
+
+#include "tools/engine_choice.h"
+#include "tools/info.h"
+#include "tools/options.h"
+#include "vmm/boot.h"
+
+namespace anykvm::tools {
+
+namespace {
+
+struct BootArguments {
+  std::string kernel, initrd, append, memory = "512M", network = "none", engine = "auto", timeout;
+  std::vector<std::string> disks;
+  unsigned cpus = 1;
+  bool quiet = false;
+};
+
+void describe_boot(CLI::App& boot, BootArguments& arguments) {
+  constexpr unsigned most_cpus = 255;
+  boot.add_option("--kernel", arguments.kernel, "Linux kernel: a bzImage (vmlinuz) or an ELF vmlinux with a PVH entry")
+      ->required()
+      ->type_name("FILE");
+  boot.add_option("--initrd", arguments.initrd, "Initial RAM disk: a cpio archive, plain or compressed")
+      ->type_name("FILE");
+  boot.add_option("--append", arguments.append,
+                  fmt::format("Kernel command line, added behind \"{}\"", vmm::default_command_line))
+      ->type_name("STRING");
+  boot.add_option("--memory", arguments.memory, "Guest memory; K, M or G behind the number, M when none")
+      ->type_name("SIZE")
+      ->capture_default_str();
+  boot.add_option("--cpus", arguments.cpus, "Virtual CPUs")
+      ->type_name("N")
+      ->check(CLI::Range(1u, most_cpus))
+      ->capture_default_str();
+  boot.add_option("--disk", arguments.disks, "Raw disk image, ',ro' behind it for read-only; may be repeated")
+      ->type_name("FILE[,ro]")
+      ->expected(1)
+      ->take_all();
+  boot.add_option("--net", arguments.network, "Network card: user (NAT by this process) or none")
+      ->type_name("user|none")
+      ->check(CLI::IsMember({"user", "none"}))
+      ->capture_default_str();
+  boot.add_option("--engine", arguments.engine, "What runs guest code: auto, interpret, or host (the host's /dev/kvm)")
+      ->type_name("NAME")
+      ->check(CLI::IsMember({"auto", "interpret", "host"}))
+      ->capture_default_str();
+  boot.add_option("--timeout", arguments.timeout, "End the guest after this many seconds, with exit code 124")
+      ->type_name("S");
+  boot.add_flag("--quiet", arguments.quiet, "No messages of our own but errors");
+  boot.footer(
+      "The serial console is the terminal: Ctrl-A x leaves, Ctrl-A h helps.\n"
+      "Exit codes: 0 power-off, 64 usage, 65 a file that cannot be used, 70 triple fault or internal error,\n"
+      "124 time-out.");
+}
+
+int run_boot(const BootArguments& arguments) {
+  vmm::BootOptions options;
+  options.machine.files = {arguments.kernel, arguments.initrd, vmm::default_command_line};
+  if (!arguments.append.empty()) options.machine.files.command_line += " " + arguments.append;
+  options.machine.memory_bytes = parse_memory(arguments.memory);
+  options.machine.cpus = arguments.cpus;
+  for (const std::string& disk : arguments.disks) options.machine.disks.push_back(parse_disk(disk));
+  options.machine.network = arguments.network == "user";
+  if (!arguments.timeout.empty()) options.timeout = parse_duration(arguments.timeout);
+  options.quiet = arguments.quiet;
+  return vmm::boot(open_engine(choose_engine(arguments.engine)), options);
+}
+
+/// One line, whatever CLI11 has to say.
+int usage_error(const CLI::Error& error) {
+  std::string message = error.what();
+  if (const auto end = message.find('\n'); end != std::string::npos) message.resize(end);
+  fmt::print(stderr, "anykvm: {} (see anykvm --help)\n", message);
+  return EX_USAGE;
+}
+
+int run(int argc, char** argv) {
+  CLI::App app("KVM as a C++ program: runs virtual machines without hardware virtualisation", "anykvm");
+  app.set_version_flag("--version", "anykvm " ANYKVM_VERSION);
+  app.require_subcommand(1);
+  BootArguments boot_arguments;
+  CLI::App& boot = *app.add_subcommand("boot", "Boot a Linux kernel to a console on this terminal");
+  describe_boot(boot, boot_arguments);
+  CLI::App& info_command = *app.add_subcommand("info", "Show what would run here and why, and what is supported");
+  bool json = false;
+  info_command.add_flag("--json", json, "As JSON");
+  try {
+    app.parse(argc, argv);
+    return boot.parsed() ? run_boot(boot_arguments) : info(json);
+  } catch (const CLI::Success& request) {  // --help, --version
+    return app.exit(request);
+  } catch (const CLI::Error& error) {
+    return usage_error(error);
+  }
+}
+
+}  // namespace
+
+}  // namespace anykvm::tools
+
+int main(int argc, char** argv) {
+  try {
+    return anykvm::tools::run(argc, argv);
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "anykvm: {}\n", error.what());
+    return EX_SOFTWARE;
+  }
+}
