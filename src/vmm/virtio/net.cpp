@@ -43,6 +43,7 @@ void NetDevice::notify(unsigned) {
 
 void NetDevice::work() {
   posted_ = false;  // before looking: what is notified from here on is posted anew
+  drop_stale();
   transmitting_ = true;
   const auto send = [this](Chain& chain) -> u32 {
     transmit(chain);
@@ -62,7 +63,12 @@ void NetDevice::transmit(Chain& chain) {
   backend_->send(frame_);
 }
 
+void NetDevice::drop_stale() {
+  if (stale_.exchange(false)) to_guest_.clear();
+}
+
 void NetDevice::receive(std::span<const u8> frame) {
+  drop_stale();
   if (frame.size() > max_frame || to_guest_.size() >= max_waiting_frames) return;
   to_guest_.emplace_back(frame.begin(), frame.end());
   // An answer from within send() waits until the transmit queue is done with: we hold the transport's lock.
@@ -70,7 +76,6 @@ void NetDevice::receive(std::span<const u8> frame) {
 }
 
 void NetDevice::deliver() {
-  if (stale_.exchange(false)) to_guest_.clear();
   if (to_guest_.empty()) return;
   const auto fill = [this](Chain& chain) -> u32 {
     const std::vector<u8> frame = std::move(to_guest_.front());

@@ -45,6 +45,7 @@ class NetDevice final : public VirtioDevice {
   void transmit(Chain& chain);
   void receive(std::span<const u8> frame);
   void deliver();
+  void drop_stale();
 
   EventLoop& loop_;
   std::unique_ptr<NetBackend> backend_;
