@@ -9,6 +9,7 @@
 #include "anykvm/kvm.h"
 #include "vm/vm.h"
 #include "x86/cpuid.h"
+#include "x86/xsave.h"
 
 namespace anykvm::abi {
 namespace {
@@ -97,8 +98,6 @@ int capability_value(u64 number) {
   return found != table.end() && found->number == number ? found->value() : 0;
 }
 
-u32 xsave2_size() {
-  return std::max<u32>(x86::xsave_area_size(x86::supported_xcr0(), /*compacted=*/false), sizeof(kvm_xsave));
-}
+u32 xsave2_size() { return std::max<u32>(x86::xsave_layout().standard_size(x86::supported_xcr0()), sizeof(kvm_xsave)); }
 
 }  // namespace anykvm::abi

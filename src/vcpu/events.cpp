@@ -52,11 +52,8 @@ bool Vcpu::accept_init_sipi() {
 
 void Vcpu::reset_after_init() {
   cpu_.init();
-  if (apic_) {
-    apic_->set_pv_eoi(nullptr);
-    apic_->init();
-  }
   paravirt_.reset();
+  if (apic_) apic_->init();
   unhalted_.store(false, std::memory_order_relaxed);
   pending_ = Pending::none;
   client_vector_ = -1;

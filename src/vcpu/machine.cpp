@@ -8,7 +8,7 @@
 namespace anykvm::vcpu {
 namespace {
 
-constexpr u32 msr_apic_base = 0x1b, msr_pv_eoi = 0x4b564d04;
+constexpr u32 msr_apic_base = 0x1b;
 constexpr u64 apic_base_bits =
     irqchip::LocalApic::base_bsp | irqchip::LocalApic::base_x2apic | irqchip::LocalApic::base_enable | 0xfffffffff000;
 
@@ -61,12 +61,6 @@ Vcpu::MsrResult Vcpu::read_msr(u32 index, u64& value) {
 Vcpu::MsrResult Vcpu::write_msr(u32 index, u64 value) {
   if (apic_) {
     if (const MsrResult result = apic_->write_msr(index, value); result != MsrResult::not_mine) return result;
-    if (index == msr_pv_eoi) {
-      apic_->set_pv_eoi(nullptr);
-      const MsrResult result = paravirt_.write_msr(index, value, x86::Initiator::guest);
-      if (paravirt_.pv_eoi_enabled()) apic_->set_pv_eoi(this);
-      return result;
-    }
   } else if (index == msr_apic_base) {
     if (value & ~apic_base_bits) return MsrResult::gp;
     apic_base_ = value;
@@ -96,35 +90,14 @@ x86::Result Vcpu::write_cr8(u64 value) {
   return x86::Result::ok;
 }
 
-x86::Result Vcpu::hypercall() { return paravirt_.hypercall(); }
+x86::Result Vcpu::hypercall() { return paravirt_.hypercall(vm_->hypercall_exits_enabled()); }
 
 u64 Vcpu::tsc_deadline_ns(u64 guest_tsc) { return paravirt_.monotonic_ns_of_tsc(guest_tsc); }
-
-bool Vcpu::offer() {
-  paravirt_.arm_pv_eoi();
-  return true;
-}
-
-bool Vcpu::withdraw() { return !paravirt_.collect_pv_eoi(); }
-
-void Vcpu::kick_cpu(u32 apic_id) {
-  if (irqchip::LocalApic* apic = vm_->apic_bus().find(apic_id)) apic->client().signal_unhalt();
-}
-
-bool Vcpu::send_ipi(u32 apic_id, u32 icr) {
-  irqchip::LocalApic* apic = vm_->apic_bus().find(apic_id);
-  if (!apic) return false;
-  apic->accept({.destination = apic_id,
-                .vector = static_cast<u8>(icr),
-                .mode = static_cast<irqchip::DeliveryMode>(icr >> 8 & 7)});
-  return true;
-}
 
 /// The guest's TSC was set: what the APIC and the clock page derive from it is stale.
 void Vcpu::tsc_moved() {
   tsc_offset_seen_ = cpu_.state.tsc_offset;
   paravirt_.tsc_changed();
-  if (apic_) apic_->tsc_changed();
 }
 
 }  // namespace anykvm::vcpu

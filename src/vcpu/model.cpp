@@ -16,7 +16,7 @@
 namespace anykvm::vcpu {
 namespace {
 
-constexpr u32 msr_apic_base = 0x1b, msr_pv_eoi = 0x4b564d04;
+constexpr u32 msr_apic_base = 0x1b;
 
 std::span<u8> bytes_of(kvm_xsave& xsave) { return {reinterpret_cast<u8*>(&xsave), 4096}; }
 std::span<const u8> bytes_of(const kvm_xsave& xsave) { return {reinterpret_cast<const u8*>(&xsave), 4096}; }
@@ -42,14 +42,12 @@ bool Vcpu::host_set_msr(u32 index, u64 value) {
   if (apic_) {
     if (const MsrResult result = apic_->write_msr(index, value, true); result != MsrResult::not_mine)
       return result == MsrResult::ok;
-    if (index == msr_pv_eoi) apic_->set_pv_eoi(nullptr);
   } else if (index == msr_apic_base) {
     apic_base_ = value;
     return true;
   }
-  const MsrResult result = paravirt_.write_msr(index, value, x86::Initiator::host);
-  if (index == msr_pv_eoi && apic_ && paravirt_.pv_eoi_enabled()) apic_->set_pv_eoi(this);
-  if (result != MsrResult::not_mine) return result == MsrResult::ok;
+  if (const MsrResult result = paravirt_.write_msr(index, value, x86::Initiator::host); result != MsrResult::not_mine)
+    return result == MsrResult::ok;
   return x86::set_msr(cpu_, index, value, x86::Initiator::host);
 }
 

@@ -10,12 +10,17 @@
 namespace anykvm::vcpu {
 
 Vcpu::Vcpu(std::shared_ptr<vm::Vm> vm, u32 id, kvm_run* run)
-    : vm_(std::move(vm)), id_(id), run_(run), cpu_(*this), paravirt_(cpu_, vm_->clock(), *this, id) {
+    : vm_(std::move(vm)),
+      id_(id),
+      run_(run),
+      cpu_(*this),
+      paravirt_(cpu_, vm_->clock(), static_cast<u32>(vm_->get_tsc_khz())) {
   const bool is_boot_cpu = vm_->is_boot_cpu(id);
-  if (vm_->has_local_apics())
+  if (vm_->has_local_apics()) {
     apic_ = std::make_unique<irqchip::LocalApic>(id, *this, vm_->apic_bus(), vm_->timers(), is_boot_cpu);
+    paravirt_.set_local_apic(*apic_, vm_->apic_bus());
+  }
   mp_state_ = !apic_ || is_boot_cpu ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_UNINITIALIZED;
-  paravirt_.set_tsc_khz(static_cast<u32>(vm_->get_tsc_khz()));
   tsc_offset_seen_ = cpu_.state.tsc_offset;
   cpu_.immediate_exit = &run_->immediate_exit;
   cpu_.pio_data = reinterpret_cast<u8*>(run_) + page_size;

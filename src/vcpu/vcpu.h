@@ -34,7 +34,7 @@ namespace anykvm::vcpu {
 
 class SignalMask;
 
-class Vcpu final : public x86::Machine, public irqchip::ApicClient, public irqchip::PvEoi, public paravirt::Client {
+class Vcpu final : public x86::Machine, public irqchip::ApicClient {
  public:
   Vcpu(std::shared_ptr<vm::Vm> vm, u32 id, kvm_run* run);
   ~Vcpu();
@@ -110,11 +110,6 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient, public irqch
   void interrupt_window_changed() override;
 
   u64 tsc_deadline_ns(u64 guest_tsc) override;
-  bool offer() override;
-  bool withdraw() override;
-  void kick_cpu(u32 apic_id) override;
-  bool send_ipi(u32 apic_id, u32 icr) override;
-  bool has_local_apic() override { return apic_ != nullptr; }
 
  private:
   /// What the client's answer in kvm_run belongs to.

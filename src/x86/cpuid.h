@@ -19,9 +19,6 @@ inline constexpr bool offer_avx512 = false;
 u64 supported_xcr0();
 /// IA32_XSS: no supervisor component is implemented.
 inline constexpr u64 supported_xss = 0;
-/// Bytes of an XSAVE area that holds `components`; `compacted` as XSAVEC and XSAVES lay it out.
-u32 xsave_area_size(u64 components, bool compacted);
-
 /// KVM_GET_SUPPORTED_CPUID's entries, computed once a process. The span stays good for ever.
 std::span<const kvm_cpuid_entry2> supported_cpuid();
 /// KVM_GET_EMULATED_CPUID: nothing is slower than the rest here, so that leaf 0 says 0 features beyond the supported.

@@ -26,11 +26,17 @@ std::span<const u32> msr_index_list();
 std::span<const u32> msr_feature_index_list();
 bool get_feature_msr(u32 index, u64& value);
 
-/// KVM_X86_GET_MCE_CAP_SUPPORTED: banks in the low byte, MCG_CTL_P.
+/// KVM_CHECK_EXTENSION(KVM_CAP_MCE), KVM_X86_GET_MCE_CAP_SUPPORTED (MCG_CTL_P, MCG_SER_P), KVM_X86_SETUP_MCE (-EINVAL:
+/// no such capability, or no banks).
 inline constexpr unsigned mc_banks = 32;
-inline constexpr u64 mce_cap_supported = mc_banks | 1ull << 8 | 1ull << 24;  // MCG_CTL_P, MCG_SER_P
+inline constexpr u64 mce_cap_supported = 1ull << 8 | 1ull << 24;
+int setup_mce(Cpu& cpu, u64 mcg_cap);
 
-/// The largest frequency ratio and its fixed point: guest TSC = host TSC * ratio >> 48.
+/// The values of a new vCPU's MSRs that are not 0; Cpu::reset calls it.
+struct MsrState;
+void reset_msrs(MsrState& msr);
+
+/// The fixed point of CpuState::tsc_ratio: guest TSC = host TSC * ratio >> 48 + offset.
 inline constexpr unsigned tsc_ratio_bits = 48;
 /// The guest's TSC at a host TSC value.
 struct CpuState;

@@ -1,6 +1,7 @@
 // Power-on, INIT and SIPI.
 // Reference: Intel SDM volume 3 chapter 9.1 (table 9-1), AMD64 manual volume 2 chapter 14.
 #include "x86/cpu.h"
+#include "x86/msr.h"
 
 namespace anykvm::x86 {
 
@@ -39,6 +40,7 @@ Cpu::Cpu(Machine& machine_) : immediate_exit(&never_exit), machine(machine_) { r
 void Cpu::reset() {
   const u64 tsc_offset = state.tsc_offset, tsc_ratio = state.tsc_ratio;
   state = {};
+  reset_msrs(state.msr);
   restart(state, cpuid);
   state.cr0 = cr0::cd | cr0::nw | cr0::et;
   state.tsc_offset = tsc_offset;

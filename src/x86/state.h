@@ -77,12 +77,12 @@ struct FpuState {
 struct MsrState {
   u64 efer = 0, star = 0, lstar = 0, cstar = 0, sfmask = 0, kernel_gs_base = 0;
   u64 sysenter_cs = 0, sysenter_esp = 0, sysenter_eip = 0;
-  u64 pat = 0x0007040600070406, tsc_aux = 0, tsc_adjust = 0, misc_enable = 1, debugctl = 0, spec_ctrl = 0, xss = 0;
+  u64 pat = 0x0007040600070406, tsc_aux = 0, tsc_adjust = 0, misc_enable = 0x1801, debugctl = 0, spec_ctrl = 0, xss = 0;
   u64 mtrr_def_type = 0, mtrr_fixed[11] = {}, mtrr_physbase[8] = {}, mtrr_physmask[8] = {};
-  u64 mcg_status = 0, mcg_ctl = ~0ull, mc_bank[4 * 32] = {};  ///< 32 banks of CTL, STATUS, ADDR, MISC
+  u64 mcg_status = 0, mcg_ctl = 0, mc_bank[4 * 32] = {};  ///< 32 banks of CTL, STATUS, ADDR, MISC
   u64 smbase = 0x30000, smi_count = 0, feature_control = 0, arch_capabilities = 0, power_ctl = 0, ucode_rev = 0,
       platform_info = 0, misc_features_enables = 0;
-  u64 mcg_cap = 32 | 1 << 8, mci_ctl2[32] = {};                                    ///< KVM_X86_SETUP_MCE
+  u64 mcg_cap = 32, mci_ctl2[32] = {};                                             ///< mcg_cap: KVM_X86_SETUP_MCE
   u64 hwcr = 0, de_cfg = 0, virt_spec_ctrl = 0, osvw_length = 0, osvw_status = 0;  ///< AMD's
 };
 
