@@ -21,7 +21,7 @@ IoApic::IoApic(ApicBus& bus) : bus_(bus) {
   for (u64& entry : entries_) entry = masked;
 }
 
-// --- pins -----------------------------------------------------------------------------------------------------------
+// --- pins ------------------------------------------------------------------------------------------------------------
 
 int IoApic::set_pin(unsigned pin, unsigned source, bool level) {
   const u32 bit = 1u << source;
@@ -82,8 +82,7 @@ void IoApic::resume(u32 which) {
     if (which >> pin & 1 && level_triggered(pin) && requests_ >> pin & 1) deliver(pin);
 }
 
-// --- registers
-// --------------------------------------------------------------------------------------------------------
+// --- registers -------------------------------------------------------------------------------------------------------
 
 u32 IoApic::read(Gpa gpa) const {
   switch (gpa - base_) {
@@ -139,8 +138,7 @@ void IoApic::write_entry(unsigned pin, bool high, u32 value) {
     deliver(pin);
 }
 
-// --- state
-// ------------------------------------------------------------------------------------------------------------
+// --- state -----------------------------------------------------------------------------------------------------------
 
 void IoApic::get_state(kvm_ioapic_state& state) const {
   state = {};

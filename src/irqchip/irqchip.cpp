@@ -54,8 +54,7 @@ void IrqChips::tell(const News& news) {
   }
 }
 
-// --- lines
-// ------------------------------------------------------------------------------------------------------------
+// --- lines -----------------------------------------------------------------------------------------------------------
 
 int IrqChips::set_pic_line(unsigned line, unsigned source, bool level) {
   News news;
@@ -111,8 +110,7 @@ void IrqChips::eoi(u8 vector, bool level_triggered) {
   tell(news);
 }
 
-// --- the guest's accesses
-// -----------------------------------------------------------------------------------------------
+// --- the guest's accesses --------------------------------------------------------------------------------------------
 
 bool IrqChips::pio_read(u16 port, void* data, unsigned size) {
   if (Pic::covers(port, size)) {
@@ -178,8 +176,7 @@ bool IrqChips::mmio_write(Gpa gpa, const void* data, unsigned length) {
   return true;
 }
 
-// --- the PIT and state
-// ----------------------------------------------------------------------------------------------------
+// --- the PIT and state -----------------------------------------------------------------------------------------------
 
 int IrqChips::create_pit(os::TimerQueue& timers, PitOutput& output, u32 flags) {
   if (flags & ~u32{KVM_PIT_SPEAKER_DUMMY}) return -EINVAL;
@@ -188,6 +185,16 @@ int IrqChips::create_pit(os::TimerQueue& timers, PitOutput& output, u32 flags) {
   pit_ = std::make_unique<Pit>(timers, output, flags & KVM_PIT_SPEAKER_DUMMY);
   pit_published_.store(pit_.get(), std::memory_order_release);
   return 0;
+}
+
+void IrqChips::destroy_pit() {
+  // Not under the lock: a tick that is just being given wants it.
+  std::unique_ptr<Pit> pit;
+  {
+    std::lock_guard lock(mutex_);
+    pit_published_.store(nullptr, std::memory_order_release);
+    pit = std::move(pit_);
+  }
 }
 
 int IrqChips::get_state(kvm_irqchip& chip) {

@@ -48,34 +48,36 @@ class IrqChips final : public EoiSink {
   /// The I/O APIC pins whose edge-triggered EOIs the listener needs; level-triggered ones are always reported.
   void set_watched_pins(u32 pins);
 
-  // --- lines ----------------------------------------------------------------------------------------------------
+  // --- lines ---------------------------------------------------------------------------------------------------------
   /// line: 0 - 15, pin: 0 - 23. Results as KVM_IRQ_LINE_STATUS: < 0 ignored, 0 coalesced, > 0 delivered.
   int set_pic_line(unsigned line, unsigned source, bool level);
   int set_ioapic_pin(unsigned pin, unsigned source, bool level);
 
-  // --- the guest's accesses; false: not a port or address of these chips -------------------------------------------
+  // --- the guest's accesses; false: not a port or address of these chips ---------------------------------------------
   bool pio_read(u16 port, void* data, unsigned size);
   bool pio_write(u16 port, const void* data, unsigned size);
   bool mmio_read(Gpa gpa, void* data, unsigned length);
   bool mmio_write(Gpa gpa, const void* data, unsigned length);
 
-  // --- the 8259's INTR ------------------------------------------------------------------------------------------
+  // --- the 8259's INTR -----------------------------------------------------------------------------------------------
   /// A relaxed load. Only a vCPU with LocalApic::takes_pic_output() may look at it.
   bool pic_output() const { return pic_output_.load(std::memory_order_acquire); }
   /// The acknowledge cycle; -1 when INTR is down (another vCPU was faster).
   int pic_acknowledge();
 
-  // --- the PIT --------------------------------------------------------------------------------------------------
+  // --- the PIT -------------------------------------------------------------------------------------------------------
   /// KVM_CREATE_PIT2: -EEXIST when there is one, -EINVAL for unknown flags. Before any vCPU touches its ports.
   int create_pit(os::TimerQueue& timers, PitOutput& output, u32 flags);
+  /// Before its output goes; no vCPU runs any more. When it returns, no tick is on its way.
+  void destroy_pit();
   Pit* pit() const { return pit_published_.load(std::memory_order_acquire); }  ///< nullptr: none
 
-  // --- state ----------------------------------------------------------------------------------------------------
+  // --- state ---------------------------------------------------------------------------------------------------------
   /// chip.chip_id says which; -EINVAL if there is none such.
   int get_state(kvm_irqchip& chip);
   int set_state(const kvm_irqchip& chip);
 
-  // --- EoiSink --------------------------------------------------------------------------------------------------
+  // --- EoiSink -------------------------------------------------------------------------------------------------------
   bool wants_edge_eoi(u8 vector) const override {
     return edge_eoi_vectors_[vector / 64].load(std::memory_order_relaxed) >> (vector % 64) & 1;
   }

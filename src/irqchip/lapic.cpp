@@ -69,7 +69,7 @@ void LocalApic::set_features(const ApicFeatures& features) {
   set(Register::version, 0x50014 | (features.directed_eoi ? 1 << 24 : 0));
 }
 
-// --- modes ------------------------------------------------------------------------------------------------------
+// --- modes -----------------------------------------------------------------------------------------------------------
 
 void LocalApic::set_id_register(u32 value) {
   set(Register::id, value);
@@ -102,7 +102,7 @@ void LocalApic::change_base(u64 value) {
   if (changed) client_.wake();  // what may be taken has changed: the APIC's interrupts, or the PIC's
 }
 
-// --- interrupts in ------------------------------------------------------------------------------------------------
+// --- interrupts in ---------------------------------------------------------------------------------------------------
 
 int LocalApic::highest(Register r) const {
   for (unsigned word = 8; word-- != 0;)
@@ -177,7 +177,7 @@ void LocalApic::send_ipi(u32 icr_low, u32 destination) {
   bus_.send(message, this);
 }
 
-// --- interrupts into the CPU ----------------------------------------------------------------------------------------
+// --- interrupts into the CPU -----------------------------------------------------------------------------------------
 
 void LocalApic::update_ppr() {
   const u8 task = static_cast<u8>(get(Register::tpr));
@@ -249,7 +249,7 @@ void LocalApic::end_of_interrupt() {
   wake_if_deliverable();
 }
 
-// --- paravirtual EOI ------------------------------------------------------------------------------------------------
+// --- paravirtual EOI -------------------------------------------------------------------------------------------------
 
 void LocalApic::set_pv_eoi(PvEoi* hook) {
   sync_pv_eoi();

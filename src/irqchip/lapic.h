@@ -82,14 +82,14 @@ class LocalApic {
   void init();   ///< INIT: keeps the base, the mode and the ID
   void set_features(const ApicFeatures& features);
 
-  // --- the register page ----------------------------------------------------------------------------------------
+  // --- the register page ---------------------------------------------------------------------------------------------
   /// Whether a physical address lies in the page, wherever APIC_BASE has put it. While the APIC is disabled or in
   /// x2APIC mode the page still is the APIC's: reads give ones, writes vanish (KVM_X86_QUIRK_LAPIC_MMIO_HOLE).
   bool covers(Gpa gpa) const { return (gpa & page_mask) == (base() & page_mask); }
   void mmio_read(u32 offset, void* data, unsigned length);
   void mmio_write(u32 offset, const void* data, unsigned length);
 
-  // --- MSRs: APIC_BASE, TSC_DEADLINE, 0x800 - 0x8ff; not_mine for others -----------------------------------------
+  // --- MSRs: APIC_BASE, TSC_DEADLINE, 0x800 - 0x8ff; not_mine for others ---------------------------------------------
   /// by_client: KVM_GET/SET_MSRS, which may make transitions that the guest may not.
   MsrResult read_msr(u32 index, u64& value, bool by_client = false);
   MsrResult write_msr(u32 index, u64 value, bool by_client = false);
@@ -97,7 +97,7 @@ class LocalApic {
   /// KVM_SET_SREGS' apic_base. -EINVAL for reserved bits.
   int set_base(u64 value);
 
-  // --- interrupts into the vCPU ---------------------------------------------------------------------------------
+  // --- interrupts into the vCPU --------------------------------------------------------------------------------------
   /// The vector that the CPU would take now if interrupts were enabled, -1 for none: above the processor priority, APIC
   /// enabled. One atomic load when nothing is pending. Also where an expired timer becomes an interrupt and a used
   /// paravirtual EOI is noticed, so call it whenever wake() was called.
@@ -114,7 +114,7 @@ class LocalApic {
   /// An interrupt addressed to this APIC, whatever its destination says; whether it was taken. Any thread.
   bool accept(const InterruptMessage& message);
 
-  // --- state ----------------------------------------------------------------------------------------------------
+  // --- state ---------------------------------------------------------------------------------------------------------
   void get_state(kvm_lapic_state& state);
   /// -EINVAL (x2APIC format in use, and the ID is not this APIC's). The timer goes on where the state says.
   int set_state(const kvm_lapic_state& state);

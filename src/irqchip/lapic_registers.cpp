@@ -137,7 +137,7 @@ bool LocalApic::write_x2apic_icr(u64 value) {
   return true;
 }
 
-// --- the page -----------------------------------------------------------------------------------------------------
+// --- the page --------------------------------------------------------------------------------------------------------
 
 void LocalApic::mmio_read(u32 offset, void* data, unsigned length) {
   if (!hardware_enabled() || x2apic_mode()) {
@@ -167,7 +167,7 @@ void LocalApic::mmio_write(u32 offset, const void* data, unsigned length) {
   if (!write_register(offset, value)) report_error(esr_illegal_register);
 }
 
-// --- MSRs -----------------------------------------------------------------------------------------------------------
+// --- MSRs ------------------------------------------------------------------------------------------------------------
 
 LocalApic::MsrResult LocalApic::read_msr(u32 index, u64& value, bool /*by_client*/) {
   switch (index) {

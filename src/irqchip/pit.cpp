@@ -37,8 +37,13 @@ Pit::Pit(os::TimerQueue& timers, PitOutput& output, bool speaker)
   for (Channel& channel : channels_) channel.start_ns = now;
 }
 
-// --- counting
-// ---------------------------------------------------------------------------------------------------------
+Pit::~Pit() {
+  // In this order: a tick may arm the reinjection, but not the other way round.
+  timer_.cancel();
+  reinjection_.cancel();
+}
+
+// --- counting --------------------------------------------------------------------------------------------------------
 
 /// Clock ticks since the count was loaded, without those while the gate was down.
 u64 Pit::ticks(const Channel& channel) const {
@@ -91,8 +96,7 @@ void Pit::set_gate(Channel& channel, bool gate) {
   }
 }
 
-// --- ports
-// ------------------------------------------------------------------------------------------------------------
+// --- ports -----------------------------------------------------------------------------------------------------------
 
 u8 Pit::read(u16 port) {
   std::lock_guard lock(mutex_);
@@ -203,8 +207,7 @@ void Pit::load_count(unsigned index, u32 count) {
   if (index == irq_channel) start_irq_timer();
 }
 
-// --- IRQ 0
-// ------------------------------------------------------------------------------------------------------------
+// --- IRQ 0 -----------------------------------------------------------------------------------------------------------
 
 void Pit::start_irq_timer() {
   const Channel& channel = channels_[irq_channel];
@@ -307,8 +310,7 @@ void Pit::set_reinject(bool reinject) {
   reinject_ = reinject;
 }
 
-// --- state
-// ------------------------------------------------------------------------------------------------------------
+// --- state -----------------------------------------------------------------------------------------------------------
 
 void Pit::get_state(kvm_pit_state2& state) {
   std::lock_guard lock(mutex_);

@@ -40,6 +40,10 @@ class Pit {
   /// speaker: KVM_PIT_SPEAKER_DUMMY, whether port 0x61 is answered too.
   Pit(os::TimerQueue& timers, PitOutput& output, bool speaker);
 
+  ~Pit();
+  Pit(const Pit&) = delete;
+  Pit& operator=(const Pit&) = delete;
+
   bool covers(u16 port, unsigned size) const {
     return (port >= 0x40 && port + size <= 0x44) || (speaker_ && port == 0x61 && size <= 4);
   }

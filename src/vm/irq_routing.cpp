@@ -33,7 +33,12 @@ struct IrqRouting::Table {
 
 IrqRouting::IrqRouting(irqchip::ApicBus& bus) : bus_(bus) { set_gsi_routing(0, {}); }
 
-IrqRouting::~IrqRouting() = default;
+IrqRouting::~IrqRouting() {
+  irqchip::IrqChips* irq_chips = chips_.load(std::memory_order_acquire);
+  if (!irq_chips) return;
+  irq_chips->destroy_pit();
+  irq_chips->set_listener(nullptr);
+}
 
 void IrqRouting::attach(irqchip::IrqChips& irq_chips) {
   chips_.store(&irq_chips, std::memory_order_release);
@@ -54,8 +59,7 @@ void IrqRouting::attach(irqchip::IrqChips& irq_chips) {
   set_gsi_routing(0, entries);
 }
 
-// --- the table
-// ----------------------------------------------------------------------------------------------------------
+// --- the table -------------------------------------------------------------------------------------------------------
 
 int IrqRouting::set_gsi_routing(u32 flags, std::span<const kvm_irq_routing_entry> entries) {
   if (flags != 0 || entries.size() > max_routes) return -EINVAL;
@@ -111,8 +115,7 @@ std::shared_ptr<const IrqRouting::Table> IrqRouting::table() const {
 
 int IrqRouting::gsi_of(u32 chip, unsigned pin) const { return table()->gsi_of[chip][pin]; }
 
-// --- raising
-// --------------------------------------------------------------------------------------------------------------
+// --- raising ---------------------------------------------------------------------------------------------------------
 
 int IrqRouting::set_irq(u32 gsi, bool level, unsigned source) {
   irqchip::IrqChips* irq_chips = chips_.load(std::memory_order_acquire);
@@ -154,8 +157,7 @@ bool IrqRouting::pulse_irq0() {
   return result >= 0;
 }
 
-// --- what the guest does with it
-// ----------------------------------------------------------------------------------------------
+// --- what the guest does with it -------------------------------------------------------------------------------------
 
 void IrqRouting::interrupt_ended(u32 chip, unsigned pin) {
   const int gsi = gsi_of(chip, pin);

@@ -34,6 +34,7 @@ class IrqRouting final : public irqchip::IrqChipsListener, public irqchip::PitOu
 
   /// With an empty table.
   explicit IrqRouting(irqchip::ApicBus& bus);
+  /// Before the chips, whose PIT it takes away: no tick finds its way here any more. No vCPU runs.
   ~IrqRouting();
   IrqRouting(const IrqRouting&) = delete;
   IrqRouting& operator=(const IrqRouting&) = delete;

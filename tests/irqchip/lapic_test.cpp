@@ -134,8 +134,7 @@ TEST_F(LapicTest, SoftwareDisableMasksLvtsAndRefusesInterrupts) {
   EXPECT_EQ(read(apic, reg::lvt_lint1), 0x400 | masked) << "enabling unmasks nothing";
 }
 
-// --- priorities
-// ---------------------------------------------------------------------------------------------------------
+// --- priorities ------------------------------------------------------------------------------------------------------
 
 TEST_F(LapicTest, InterruptGoesFromIrrToIsrToEoi) {
   EXPECT_TRUE(apic.accept(fixed(0x41)));
@@ -202,8 +201,7 @@ TEST_F(LapicTest, TriggerModeRegister) {
   EXPECT_EQ(read(apic, reg::tmr + 0x30), 0u);
 }
 
-// --- errors
-// -------------------------------------------------------------------------------------------------------------
+// --- errors ----------------------------------------------------------------------------------------------------------
 
 TEST_F(LapicTest, ErrorsAreLatchedByAWrite) {
   write(apic, reg::lvt_error, 0xfe);
@@ -224,8 +222,7 @@ TEST_F(LapicTest, ErrorInterruptWithAnIllegalVectorIsNotEndless) {
   EXPECT_EQ(apic.pending(), -1);
 }
 
-// --- APIC_BASE and x2APIC
-// -----------------------------------------------------------------------------------------------
+// --- APIC_BASE and x2APIC --------------------------------------------------------------------------------------------
 
 TEST_F(LapicTest, BaseRejectsReservedBitsAndBadTransitions) {
   const u64 disabled = 0xfee00100, xapic = 0xfee00900, x2apic = 0xfee00d00, invalid = 0xfee00500;
@@ -311,8 +308,7 @@ TEST_F(LapicTest, InitKeepsModeAndIdResetDoesNot) {
   EXPECT_EQ(read(second, reg::svr), 0xffu);
 }
 
-// --- EOI
-// ----------------------------------------------------------------------------------------------------------------
+// --- EOI -------------------------------------------------------------------------------------------------------------
 
 struct RecordingSink : EoiSink {
   bool wants_edge_eoi(u8 vector) const override { return vector == 0x70; }
@@ -376,8 +372,7 @@ TEST_F(LapicTest, ParavirtualEoi) {
   EXPECT_FALSE(flag.flag) << "the I/O APIC waits for this one";
 }
 
-// --- state
-// --------------------------------------------------------------------------------------------------------------
+// --- state -----------------------------------------------------------------------------------------------------------
 
 u32 field(const kvm_lapic_state& state, u32 offset) {
   u32 value;

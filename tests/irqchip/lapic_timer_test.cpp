@@ -49,7 +49,9 @@ TEST_F(LapicTimerTest, OneShotFiresOnceAndNotEarly) {
   write(apic, reg::initial_count, 5 * ms);
   const u32 count = read(apic, reg::current_count);
   EXPECT_LE(count, 5 * ms);
-  EXPECT_GT(count, 0u);
+  if (os::monotonic_ns() - start < 4 * ms) {
+    EXPECT_GT(count, 0u);
+  }
   EXPECT_EQ(wait_for_interrupt(), vector);
   EXPECT_GE(os::monotonic_ns() - start, 5 * ms);
   EXPECT_EQ(read(apic, reg::current_count), 0u);
@@ -93,18 +95,18 @@ TEST_F(LapicTimerTest, CountGoesOnWhenTheDivisorChanges) {
 
 TEST_F(LapicTimerTest, MaskedTimerCountsButDoesNotInterrupt) {
   write(apic, reg::lvt_timer, masked | vector);
-  write(apic, reg::initial_count, 2 * ms);
+  write(apic, reg::initial_count, 40 * ms);
   EXPECT_GT(read(apic, reg::current_count), 0u);
-  std::this_thread::sleep_for(10ms);
+  std::this_thread::sleep_for(60ms);
   EXPECT_EQ(apic.pending(), -1);
   EXPECT_EQ(read(apic, reg::current_count), 0u);
 }
 
 TEST_F(LapicTimerTest, WritingZeroStops) {
   write(apic, reg::lvt_timer, vector);
-  write(apic, reg::initial_count, 5 * ms);
+  write(apic, reg::initial_count, 40 * ms);
   write(apic, reg::initial_count, 0);
-  std::this_thread::sleep_for(15ms);
+  std::this_thread::sleep_for(60ms);
   EXPECT_EQ(apic.pending(), -1);
 }
 
@@ -123,8 +125,8 @@ TEST_F(LapicTimerTest, Periodic) {
 
 TEST_F(LapicTimerTest, PeriodicTicksLostWhileNobodyLooksAreOne) {
   write(apic, reg::lvt_timer, periodic | vector);
-  write(apic, reg::initial_count, 20 * ms);
-  std::this_thread::sleep_for(90ms);
+  write(apic, reg::initial_count, 100 * ms);
+  std::this_thread::sleep_for(250ms);
   EXPECT_EQ(apic.acknowledge(), vector);
   end();
   EXPECT_EQ(apic.pending(), -1);
@@ -161,7 +163,7 @@ TEST_F(LapicTimerTest, TscDeadline) {
   EXPECT_EQ(apic.write_msr(msr_tsc_deadline, os::monotonic_ns() + ms), MsrResult::ok);
   EXPECT_EQ(deadline_msr(), 0u) << "ignored in the other modes";
   write(apic, reg::lvt_timer, tsc_deadline | vector);
-  const u64 deadline = os::monotonic_ns() + 5 * ms;
+  const u64 deadline = os::monotonic_ns() + 40 * ms;
   EXPECT_EQ(apic.write_msr(msr_tsc_deadline, deadline), MsrResult::ok);
   EXPECT_EQ(deadline_msr(), deadline);
   EXPECT_EQ(read(apic, reg::current_count), 0u);
@@ -178,18 +180,18 @@ TEST_F(LapicTimerTest, TscDeadlineInThePastFiresAtOnceAndZeroDisarms) {
   EXPECT_EQ(apic.write_msr(msr_tsc_deadline, 1), MsrResult::ok);
   EXPECT_EQ(apic.acknowledge(), vector);
   end();
-  EXPECT_EQ(apic.write_msr(msr_tsc_deadline, os::monotonic_ns() + 5 * ms), MsrResult::ok);
+  EXPECT_EQ(apic.write_msr(msr_tsc_deadline, os::monotonic_ns() + 40 * ms), MsrResult::ok);
   EXPECT_EQ(apic.write_msr(msr_tsc_deadline, 0), MsrResult::ok);
-  std::this_thread::sleep_for(15ms);
+  std::this_thread::sleep_for(60ms);
   EXPECT_EQ(apic.pending(), -1);
 }
 
 TEST_F(LapicTimerTest, LeavingDeadlineModeDisarms) {
   write(apic, reg::lvt_timer, tsc_deadline | vector);
-  EXPECT_EQ(apic.write_msr(msr_tsc_deadline, os::monotonic_ns() + 5 * ms), MsrResult::ok);
+  EXPECT_EQ(apic.write_msr(msr_tsc_deadline, os::monotonic_ns() + 40 * ms), MsrResult::ok);
   write(apic, reg::lvt_timer, vector);
   EXPECT_EQ(deadline_msr(), 0u);
-  std::this_thread::sleep_for(15ms);
+  std::this_thread::sleep_for(60ms);
   EXPECT_EQ(apic.pending(), -1);
 }
 
@@ -216,14 +218,14 @@ TEST_F(LapicTimerTest, WakesWithinAMillisecond) {
 
 TEST_F(LapicTimerTest, StateCarriesTheRunningCount) {
   write(apic, reg::lvt_timer, vector);
-  write(apic, reg::initial_count, 40 * ms);
+  write(apic, reg::initial_count, 100 * ms);
   std::this_thread::sleep_for(5ms);
   kvm_lapic_state state;
   apic.get_state(state);
   u32 count;
   std::memcpy(&count, state.regs + reg::current_count, 4);
   EXPECT_GT(count, 0u);
-  EXPECT_LE(count, 35 * ms);
+  EXPECT_LE(count, 95 * ms);
   apic.reset();
   const u64 start = os::monotonic_ns();
   EXPECT_EQ(apic.set_state(state), 0);
@@ -233,11 +235,11 @@ TEST_F(LapicTimerTest, StateCarriesTheRunningCount) {
 
 TEST_F(LapicTimerTest, ResetStops) {
   write(apic, reg::lvt_timer, vector);
-  write(apic, reg::initial_count, 3 * ms);
+  write(apic, reg::initial_count, 40 * ms);
   apic.init();
   write(apic, reg::svr, 0x1ff);
   write(apic, reg::lvt_timer, vector);
-  std::this_thread::sleep_for(10ms);
+  std::this_thread::sleep_for(60ms);
   EXPECT_EQ(apic.pending(), -1);
 }
 

@@ -76,8 +76,8 @@ TEST(TimerQueue, ArmingAgainReplacesTheDeadline) {
   TimerQueue queue;
   Signal signal;
   Timer timer(queue, &Signal::callback, &signal);
-  timer.arm(monotonic_ns() + 10 * ms);
-  const u64 later = monotonic_ns() + 40 * ms;
+  timer.arm(monotonic_ns() + 100 * ms);
+  const u64 later = monotonic_ns() + 140 * ms;
   timer.arm(later);
   ASSERT_TRUE(signal.wait());
   EXPECT_GE(signal.at_ns, later);
@@ -90,9 +90,9 @@ TEST(TimerQueue, CancelledTimerDoesNotFire) {
   TimerQueue queue;
   Signal signal;
   Timer timer(queue, &Signal::callback, &signal);
-  timer.arm(monotonic_ns() + 10 * ms);
+  timer.arm(monotonic_ns() + 100 * ms);
   timer.cancel();
-  EXPECT_FALSE(signal.fired.try_acquire_for(40ms));
+  EXPECT_FALSE(signal.fired.try_acquire_for(140ms));
 }
 
 TEST(TimerQueue, CancelWaitsForARunningCallback) {
