@@ -27,7 +27,7 @@ constexpr std::uint64_t code_base = 0x1000, pml4 = 0x2000, pdpt = 0x3000, low_di
 constexpr std::uint16_t stage_port = 0x80;
 constexpr std::uint8_t stage_done = 0x4b;
 
-const char* stage_name(int stage) {
+std::string stage_name(int stage) {
   switch (stage) {
     case 0: return "does not run guest code";
     case 1: return "does not take a guest into long mode with paging";
@@ -70,10 +70,21 @@ void set_protected_mode(Vcpu& vcpu) {
   vcpu.set_regs(regs);
 }
 
-/// In the child: the guest's run, each stage it reached written to `progress`. Returns what went wrong, empty if
-/// nothing.
-std::string run_guest(const std::string& path, int progress) {
-  Kvm kvm(KvmDevice::host(path));
+std::string describe(const Exit& exit, std::uint32_t reason) {
+  std::string text = " (exit reason " + std::to_string(reason);
+  if (const auto* error = std::get_if<exits::InternalError>(&exit)) {
+    text = " (internal error " + std::to_string(error->suberror);
+    static constexpr char digits[] = "0123456789abcdef";
+    if (!error->instruction.empty()) text += ", instruction bytes";
+    for (const auto byte : error->instruction) text += {' ', digits[byte >> 4], digits[byte & 15]};
+  }
+  return text + ")";
+}
+
+}  // namespace
+
+std::string run_probe_guest(std::shared_ptr<KvmDevice> device, const std::function<bool(char stage)>& progress) {
+  Kvm kvm(std::move(device));
   if (!kvm.cap_user_memory() || !kvm.cap_irq_chip() || !kvm.cap_extended_cpuid())
     return "lacks user memory, interrupt chips or CPUID";
   Vm vm = kvm.create_vm();
@@ -91,20 +102,22 @@ std::string run_guest(const std::string& path, int progress) {
   for (int stage = 0;;) {
     const Exit exit = vcpu.run();
     const auto* out = std::get_if<exits::IoOut>(&exit);
-    if (!out || out->port != stage_port)
-      return std::string(stage_name(stage)) + " (exit reason " + std::to_string(vcpu.run_area().exit_reason) + ")";
+    if (!out || out->port != stage_port) return stage_name(stage) + describe(exit, vcpu.run_area().exit_reason);
     stage = out->data[0];
     if (stage == stage_done) return {};
-    const char mark = char(stage);
-    if (write(progress, &mark, 1) != 1) return "is not asked any more";
+    if (!progress(char(stage))) return "is not asked any more";
     if (stage == 3) return stage_name(3);
   }
 }
 
+namespace {
+
+namespace {
+
 [[noreturn]] void child(const std::string& path, int result) {
   std::string verdict;
   try {
-    verdict = run_guest(path, result);
+    verdict = run_probe_guest(KvmDevice::host(path), [&](char stage) { return write(result, &stage, 1) == 1; });
   } catch (const std::exception& error) {
     verdict = std::string("fails with ") + error.what();
   }
