@@ -112,8 +112,6 @@ std::string run_probe_guest(std::shared_ptr<KvmDevice> device, const std::functi
 
 namespace {
 
-namespace {
-
 [[noreturn]] void child(const std::string& path, int result) {
   std::string verdict;
   try {
