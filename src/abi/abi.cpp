@@ -48,12 +48,15 @@ int open_system(int flags) {
 }
 
 long ioctl(int fd, unsigned long request, unsigned long arg) {
-  const FileReference file(fd);
+  FileReference file(fd);
   if (!file) return -EBADF;
   const u32 number = static_cast<u32>(request);
   // The one that is called millions of times: nothing between the client and the vCPU but the look-up.
-  if (number == KVM_RUN && file->kind == FdKind::vcpu && arg == 0) [[likely]]
-    return file->process == os::process_identity() ? file->vcpu->run() : -EIO;
+  if (number == KVM_RUN && file->kind == FdKind::vcpu && arg == 0) [[likely]] {
+    if (file->process != os::process_identity()) return -EIO;
+    // A client's signal handler may leave by siglongjmp(), and the reference must not stay behind.
+    return file->vcpu->run([](void* reference) { static_cast<FileReference*>(reference)->reset(); }, &file);
+  }
   return dispatch(*file, fd, number, arg);
 }
 

@@ -1,5 +1,6 @@
 #include "abi/capabilities.h"
 
+#include <linux/kvm_para.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -64,6 +65,8 @@ constexpr auto table = sorted(std::to_array<Capability>({
     {NAMED(KVM_CAP_IRQ_ROUTING), constant<max_irq_routes>},
     {NAMED(KVM_CAP_SIGNAL_MSI), constant<1>},
     {NAMED(KVM_CAP_IRQFD), constant<1>},
+    {NAMED(KVM_CAP_IRQFD_RESAMPLE), constant<1>},
+    {NAMED(KVM_CAP_X2APIC_API), constant<KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK>},
     {NAMED(KVM_CAP_IOEVENTFD), constant<1>},
     {NAMED(KVM_CAP_IOEVENTFD_NO_LENGTH), constant<1>},
     {NAMED(KVM_CAP_IOEVENTFD_ANY_LENGTH), constant<1>},
@@ -72,14 +75,17 @@ constexpr auto table = sorted(std::to_array<Capability>({
     {NAMED(KVM_CAP_REINJECT_CONTROL), constant<1>},
     // time
     {NAMED(KVM_CAP_CLOCKSOURCE), constant<1>},
-    {NAMED(KVM_CAP_ADJUST_CLOCK), constant<1>},
+    {NAMED(KVM_CAP_ADJUST_CLOCK), constant<KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC>},
     {NAMED(KVM_CAP_GET_TSC_KHZ), constant<1>},
     {NAMED(KVM_CAP_TSC_CONTROL), constant<1>},
     {NAMED(KVM_CAP_VM_TSC_CONTROL), constant<1>},
     {NAMED(KVM_CAP_TSC_DEADLINE_TIMER), constant<1>},
     {NAMED(KVM_CAP_KVMCLOCK_CTRL), constant<1>},
     {NAMED(KVM_CAP_STEAL_TIME), constant<1>},
+    {NAMED(KVM_CAP_ENFORCE_PV_FEATURE_CPUID), constant<1>},
+    {NAMED(KVM_CAP_EXIT_HYPERCALL), constant<1 << KVM_HC_MAP_GPA_RANGE>},
     // the API itself
+    {NAMED(KVM_CAP_SYNC_REGS), constant<KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS>},
     {NAMED(KVM_CAP_CHECK_EXTENSION_VM), constant<1>},
     {NAMED(KVM_CAP_ENABLE_CAP), constant<1>},
     {NAMED(KVM_CAP_ENABLE_CAP_VM), constant<1>},

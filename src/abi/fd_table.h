@@ -46,8 +46,9 @@ class FileReference {
   explicit FileReference(int fd);
   FileReference(const FileReference&) = delete;
   FileReference& operator=(const FileReference&) = delete;
-  ~FileReference() {
-    if (file_) drop_reference(file_);
+  ~FileReference() { reset(); }
+  void reset() {
+    if (file_) drop_reference(std::exchange(file_, nullptr));
   }
   explicit operator bool() const { return file_ != nullptr; }
   const OpenFile& operator*() const { return *file_; }

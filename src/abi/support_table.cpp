@@ -38,8 +38,9 @@ std::string value_on_the_page(const Capability& row) {
 std::string support_table_markdown() {
   std::string page =
       "# What of the KVM API is there\n\n"
-      "Made from the tables in `src/abi/ioctl_table.cpp` and `src/abi/capabilities.cpp` by `anykvm info --markdown`; a "
-      "test compares. What is not listed answers as a kernel without it: `ENOTTY` on a VM, `EINVAL` on the system and "
+      "Made from the tables in `src/abi/ioctl_table.cpp` and `src/abi/capabilities.cpp`; a test compares, "
+      "and rewrites it when `ANYKVM_UPDATE_DOCS` is set. What is not listed answers as a kernel without it: `ENOTTY` "
+      "on a VM, `EINVAL` on the system and "
       "on a vCPU, 0 for an extension.\n\n"
       "## ioctls\n\n"
       "| ioctl | number | on | argument | direction | announced by |\n|---|---|---|---|---|---|\n";

@@ -147,12 +147,13 @@ bool SignalHold::hold(int signal, const siginfo_t& info, ucontext_t& context) {
   return true;
 }
 
-void SignalHold::release() {
+void SignalHold::release(void (*leaving)(void*), void* arg) {
   innermost = outer_;
   std::atomic_signal_fence(std::memory_order_seq_cst);
   const unsigned count = count_;
   if (count == 0) [[likely]]
     return;
+  if (leaving) leaving(arg);
 
   sigset_t unblocked;
   pthread_sigmask(SIG_BLOCK, nullptr, &unblocked);

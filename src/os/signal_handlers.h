@@ -25,8 +25,9 @@ class SignalHold {
   SignalHold(const SignalHold&) = delete;
   SignalHold& operator=(const SignalHold&) = delete;
   /// Ends the stay and calls the handlers of the signals held, as if they arrived now. No system call when there are
-  /// none. The object must not be used afterwards: a handler may not come back.
-  void release();
+  /// none. The object must not be used afterwards: a handler may not come back. `leaving`, if given, is called before
+  /// the first of them, to end what a handler that leaves by siglongjmp() would leave behind.
+  void release(void (*leaving)(void*) = nullptr, void* arg = nullptr);
 
  private:
   friend struct SignalTrampoline;

@@ -21,7 +21,7 @@ constexpr u64 sync_fields = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X8
 constexpr u64 invalid_guest_state = 0x80000021;
 }  // namespace
 
-int Vcpu::run() {
+int Vcpu::run(void (*leaving)(void*), void* arg) {
   std::unique_lock lock(mutex_);
   interrupted_.store(false, std::memory_order_relaxed);
   runner_.store(pthread_self(), std::memory_order_relaxed);
@@ -29,7 +29,7 @@ int Vcpu::run() {
   const int result = run_locked();
   runner_.store({}, std::memory_order_relaxed);
   lock.unlock();
-  hold.release();
+  hold.release(leaving, arg);
   return result;
 }
 

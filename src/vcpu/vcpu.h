@@ -45,7 +45,9 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   vm::Vm& vm() { return *vm_; }
 
   // --- ioctls ---------------------------------------------------------------------------------------------------
-  int run();
+  /// leaving, if given, is called before client's signal handlers that were held back, which may not come back (and the
+  /// vCPU may go with what it gives up).
+  int run(void (*leaving)(void*) = nullptr, void* arg = nullptr);
 
   int get_regs(kvm_regs& regs);
   int set_regs(const kvm_regs& regs);

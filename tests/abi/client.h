@@ -84,7 +84,8 @@ class GuestMachine : public TestMachine {
   static constexpr unsigned long ram_size = 0x10000;
 
   template <unsigned long n>
-  explicit GuestMachine(const unsigned char (&code)[n]) {
+  explicit GuestMachine(const unsigned char (&code)[n], bool irqchip = false) {
+    if (irqchip) vm.call(KVM_CREATE_IRQCHIP);
     ram =
         static_cast<unsigned char*>(mmap(nullptr, ram_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
     __builtin_memcpy(ram + 0x1000, code, n);
