@@ -46,9 +46,8 @@ class FakeQueue {
     announce(++index_);
   }
   void announce(u16 index) {
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-    put<u16>(layout_.available + 2, index_ = index);
-    std::atomic_thread_fence(std::memory_order_seq_cst);
+    index_ = index;
+    std::atomic_ref(*reinterpret_cast<u16*>(memory_.at(layout_.available + 2, 2).data())).store(index);
   }
   void available_flags(u16 flags) { put<u16>(layout_.available, flags); }
   void used_event(u16 index) { put<u16>(layout_.available + 4 + layout_.size * 2u, index); }
