@@ -1,0 +1,258 @@
+// What ends KVM_RUN, and what kvm_run and the registers say then.
+#include "vcpu/test_machine.h"
+
+namespace anykvm {
+namespace {
+
+using Exits = TestMachine;
+
+TEST_F(Exits, PortOut) {
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {
+                            0xb0, 0x5a,        // mov al, 0x5a
+                            0xe6, 0x42,        // out 0x42, al
+                            0xb8, 0x34, 0x12,  // mov ax, 0x1234
+                            0xba, 0x00, 0x05,  // mov dx, 0x500
+                            0xef,              // out dx, ax
+                            0xf4,              // hlt
+                        });
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_IO);
+  EXPECT_EQ(run().io.direction, KVM_EXIT_IO_OUT);
+  EXPECT_EQ(run().io.port, 0x42);
+  EXPECT_EQ(run().io.size, 1);
+  EXPECT_EQ(run().io.count, 1u);
+  EXPECT_EQ(run().io.data_offset, page_size);
+  EXPECT_EQ(*pio_data(), 0x5a);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().io.port, 0x500);
+  EXPECT_EQ(run().io.size, 2);
+  EXPECT_EQ(pio_data()[0] | pio_data()[1] << 8, 0x1234);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(regs().rip, 12u);
+}
+
+TEST_F(Exits, PortInIsFinishedBeforeImmediateExit) {
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {
+                            0xe4, 0x60,  // in al, 0x60
+                            0x40,        // inc ax
+                            0xf4,        // hlt
+                        });
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_IO);
+  EXPECT_EQ(run().io.direction, KVM_EXIT_IO_IN);
+  *pio_data() = 0x77;
+  run().immediate_exit = 1;
+  EXPECT_EQ(vcpu.run(), -EINTR);
+  EXPECT_EQ(regs().rip, 2u);
+  EXPECT_EQ(regs().rax, 0x77u);
+  run().immediate_exit = 0;
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(regs().rax, 0x78u);
+}
+
+TEST_F(Exits, AnAnswerIsDroppedWhenTheClientMovesRip) {
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {
+                            0xe4, 0x60,  // in al, 0x60
+                            0xf4,        // hlt
+                        });
+  ASSERT_EQ(vcpu.run(), 0);
+  *pio_data() = 0x77;
+  kvm_regs moved = regs();
+  moved.rip = 2;
+  ASSERT_EQ(vcpu.set_regs(moved), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(regs().rax, 0u);
+}
+
+TEST_F(Exits, StringPorts) {
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {
+                            0xbe, 0x00, 0x20,  // mov si, 0x2000
+                            0xb9, 0x05, 0x00,  // mov cx, 5
+                            0xba, 0xf8, 0x03,  // mov dx, 0x3f8
+                            0xf3, 0x6e,        // rep outsb
+                            0xbf, 0x00, 0x21,  // mov di, 0x2100
+                            0xb9, 0x03, 0x00,  // mov cx, 3
+                            0xf3, 0x6d,        // rep insw
+                            0xf4,              // hlt
+                        });
+  std::memcpy(ram + 0x2000, "hello", 5);
+  std::string out, in = "abcdef";
+  for (;;) {
+    ASSERT_EQ(vcpu.run(), 0);
+    if (run().exit_reason != KVM_EXIT_IO) break;
+    const size_t bytes = run().io.size * run().io.count;
+    if (run().io.direction == KVM_EXIT_IO_OUT) {
+      out.append(reinterpret_cast<char*>(pio_data()), bytes);
+    } else {
+      ASSERT_EQ(run().io.size, 2);
+      ASSERT_LE(bytes, in.size());
+      std::memcpy(pio_data(), in.data(), bytes);
+      in.erase(0, bytes);
+    }
+  }
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(out, "hello");
+  EXPECT_EQ(std::memcmp(ram + 0x2100, "abcdef", 6), 0);
+}
+
+TEST_F(Exits, Mmio) {
+  auto& vcpu = add_vcpu();
+  ram[0] = 0;
+  // 4 MiB of RAM: 0x400000 and up belong to nobody.
+  start_long_mode(vcpu, {
+                            0x48, 0xbb, 0x00, 0x10, 0x00, 0x40, 0x00, 0, 0, 0,  // mov rbx, 0x40001000
+                            0x8b, 0x03,                                         // mov eax, [rbx]
+                            0x89, 0x43, 0x04,                                   // mov [rbx + 4], eax
+                            0x66, 0xc7, 0x03, 0xcd, 0xab,                       // mov word [rbx], 0xabcd
+                            0xf4,                                               // hlt
+                        });
+  store<u64>(tables_at + 0x1000 + 8, 0x40000083);  // PDPT: the second GiB onto itself
+  ASSERT_EQ(vcpu.run(), 0);
+  ASSERT_EQ(run().exit_reason, KVM_EXIT_MMIO);
+  EXPECT_EQ(run().mmio.phys_addr, 0x40001000u);
+  EXPECT_EQ(run().mmio.len, 4u);
+  EXPECT_EQ(run().mmio.is_write, 0);
+  const u32 value = 0x12345678;
+  std::memcpy(run().mmio.data, &value, 4);
+  ASSERT_EQ(vcpu.run(), 0);
+  ASSERT_EQ(run().exit_reason, KVM_EXIT_MMIO);
+  EXPECT_EQ(run().mmio.phys_addr, 0x40001004u);
+  EXPECT_EQ(run().mmio.is_write, 1);
+  EXPECT_EQ(run().mmio.len, 4u);
+  EXPECT_EQ(std::memcmp(run().mmio.data, &value, 4), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  ASSERT_EQ(run().exit_reason, KVM_EXIT_MMIO);
+  EXPECT_EQ(run().mmio.len, 2u);
+  EXPECT_EQ(run().mmio.data[0] | run().mmio.data[1] << 8, 0xabcd);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(regs().rax, value);
+}
+
+TEST_F(Exits, MmioReadIsFinishedBeforeImmediateExit) {
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {
+                            0xa1, 0x00, 0x00,  // mov ax, [0]
+                            0xf4,              // hlt
+                        });
+  kvm_sregs sregs;
+  vcpu.get_sregs(sregs);
+  sregs.ds.base = 0xd0000000;
+  ASSERT_EQ(vcpu.set_sregs(sregs), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  ASSERT_EQ(run().exit_reason, KVM_EXIT_MMIO);
+  EXPECT_EQ(run().mmio.phys_addr, 0xd0000000u);
+  run().mmio.data[0] = 0x34;
+  run().mmio.data[1] = 0x12;
+  run().immediate_exit = 1;
+  EXPECT_EQ(vcpu.run(), -EINTR);
+  EXPECT_EQ(regs().rax, 0x1234u);
+  EXPECT_EQ(regs().rip, 3u);
+}
+
+TEST_F(Exits, AStoreToAReadOnlySlotIsMmio) {
+  auto& vcpu = add_vcpu();
+  ASSERT_EQ(machine->set_user_memory_region(slot(1, 0x1000000, page_size, ram + 0x200000, KVM_MEM_READONLY)), 0);
+  store<u16>(0x200000, 0xbeef);
+  start_real_mode(vcpu, {
+                            0xa1, 0x00, 0x00,  // mov ax, [0]
+                            0xa3, 0x02, 0x00,  // mov [2], ax
+                            0xf4,              // hlt
+                        });
+  kvm_sregs sregs;
+  vcpu.get_sregs(sregs);
+  sregs.ds.base = 0x1000000;
+  ASSERT_EQ(vcpu.set_sregs(sregs), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  ASSERT_EQ(run().exit_reason, KVM_EXIT_MMIO);
+  EXPECT_EQ(run().mmio.phys_addr, 0x1000002u);
+  EXPECT_EQ(run().mmio.is_write, 1);
+  EXPECT_EQ(run().mmio.data[0] | run().mmio.data[1] << 8, 0xbeef);
+  EXPECT_EQ(load<u16>(0x200002), 0);
+}
+
+TEST_F(Exits, TripleFault) {
+  auto& vcpu = add_vcpu();
+  start_long_mode(vcpu, {0x0f, 0x0b});  // ud2, and the IDT is empty
+  kvm_sregs sregs;
+  vcpu.get_sregs(sregs);
+  sregs.idt.limit = 0;
+  ASSERT_EQ(vcpu.set_sregs(sregs), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_SHUTDOWN);
+}
+
+TEST_F(Exits, FailEntryForStateThatNoCpuCanBeIn) {
+  auto& vcpu = add_vcpu();
+  start_long_mode(vcpu, {0xf4});  // hlt
+  kvm_regs bad = regs();
+  const kvm_regs good = bad;
+  bad.rip = 0x0000800000000000;  // not canonical
+  ASSERT_EQ(vcpu.set_regs(bad), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_FAIL_ENTRY);
+  EXPECT_EQ(run().fail_entry.hardware_entry_failure_reason, 0x80000021u);
+  ASSERT_EQ(vcpu.set_regs(good), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+}
+
+TEST_F(Exits, ProtectedRamIsEfault) {
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {
+                            0xc6, 0x06, 0x00, 0x90, 0x01,  // mov byte [0x9000], 1
+                            0xf4,                          // hlt
+                        });
+  ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_READ), 0);
+  EXPECT_EQ(vcpu.run(), -EFAULT);
+  EXPECT_EQ(regs().rip, 0u);
+  ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_READ | PROT_WRITE), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(ram[0x9000], 1);
+}
+
+TEST_F(Exits, RunStateIsSaved) {
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {
+                            0xfb,  // sti
+                            0x90,  // nop
+                            0xf4,  // hlt
+                            0xfa,  // cli
+                            0xf4,  // hlt
+                        });
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().if_flag, 1);
+  EXPECT_EQ(run().ready_for_interrupt_injection, 1);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().if_flag, 0);
+  EXPECT_EQ(run().ready_for_interrupt_injection, 0);
+  run().cr8 = 16;
+  EXPECT_EQ(vcpu.run(), -EINVAL);
+}
+
+TEST_F(Exits, SyncRegs) {
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {0x40, 0xf4, 0x40, 0xf4});  // inc ax; hlt; inc ax; hlt
+  run().kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().s.regs.regs.rax, 1u);
+  EXPECT_EQ(run().s.regs.sregs.cs.base, code_at);
+  run().s.regs.regs.rax = 41;
+  run().kvm_dirty_regs = KVM_SYNC_X86_REGS;
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().s.regs.regs.rax, 42u);
+  EXPECT_EQ(run().kvm_dirty_regs, 0u);
+  run().kvm_valid_regs = 1 << 10;
+  EXPECT_EQ(vcpu.run(), -EINVAL);
+}
+
+}  // namespace
+}  // namespace anykvm
