@@ -1,6 +1,7 @@
 // Topology leaves after the Intel SDM, volume 2, CPUID, and AMD's APM, volume 3, appendix E.
 #include "vmm/cpu_model.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -10,6 +11,17 @@ namespace anykvm::vmm {
 
 std::vector<kvm_cpuid_entry2> cpuid_of(const Kvm& kvm, unsigned id, unsigned count) {
   auto entries = kvm.supported_cpuid();
+  // KVM lists only subleaf 0 of the topology leaves; the level of cores is ours to add.
+  for (const u32 leaf : {0xbu, 0x1fu}) {
+    const auto is = [&](u32 index) {
+      return [=](const kvm_cpuid_entry2& e) { return e.function == leaf && e.index == index; };
+    };
+    const auto first = std::ranges::find_if(entries, is(0));
+    if (first == entries.end() || std::ranges::any_of(entries, is(1))) continue;
+    kvm_cpuid_entry2 cores = *first;
+    cores.index = 1;
+    entries.insert(first + 1, cores);
+  }
   const unsigned id_bits = unsigned(std::bit_width(count - 1));
   const bool has_deadline_timer = kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER) > 0;
   for (kvm_cpuid_entry2& entry : entries) {

@@ -5,10 +5,12 @@
 #include <gtest/gtest.h>
 #include <linux/kvm_para.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <ctime>
 #include <memory>
+#include <thread>
 
 #include "irqchip/apic_bus.h"
 #include "os/clock.h"
@@ -400,14 +402,75 @@ TEST_F(Pv, IpisByHypercall) {
   EXPECT_EQ(v.hypercall(KVM_HC_KICK_CPU, 0, 1), 0u);
   EXPECT_EQ(second.unhalts, 1);
   EXPECT_EQ(v.unhalts, 0);
+}
 
-  // PV EOI: with one interrupt in service and none behind it, the guest's store is enough.
-  v.cpu.state.code_bits = 64;
+TEST_F(Pv, EoiByAStore) {
+  os::TimerQueue timers;
+  irqchip::ApicBus bus;
+  irqchip::LocalApic apic{0, v, bus, timers, true};
+  v.pv.set_local_apic(apic, bus);
+  const u32 svr = 0x1ff;
+  apic.mmio_write(0xf0, &svr, 4);
   EXPECT_EQ(v.pv.write_msr(MSR_KVM_PV_EOI_EN, 0x5001, Initiator::guest), MsrResult::ok);
-  EXPECT_EQ(apic0.acknowledge(), 0x41);
-  EXPECT_EQ(apic0.pending(), -1);
-  apic0.mmio_write(0xb0, "\0\0\0", 4);
+  auto flag = [&] { return v.machine.get<u8>(0x5000); };
+  auto in_service = [&] {
+    u32 isr = 0;
+    apic.mmio_read(0x120, &isr, 4);  // vectors 64 - 95
+    return isr;
+  };
+  apic.accept({.vector = 0x41});
+  EXPECT_EQ(apic.acknowledge(), 0x41);
+  EXPECT_EQ(flag(), 1);
+  v.machine.put<u8>(0x5000, 0);  // the guest's EOI
+  EXPECT_EQ(in_service(), 0u);
+
+  // Not used: the offer is gone once the APIC is looked at, and the guest writes EOI.
+  apic.accept({.vector = 0x42});
+  EXPECT_EQ(apic.acknowledge(), 0x42);
+  EXPECT_EQ(flag(), 1);
+  EXPECT_EQ(in_service(), 4u);
+  EXPECT_EQ(flag(), 0);
+  const u32 eoi = 0;
+  apic.mmio_write(0xb0, &eoi, 4);
+  EXPECT_EQ(in_service(), 0u);
+
   v.pv.write_msr(MSR_KVM_PV_EOI_EN, 0, Initiator::guest);
+  apic.accept({.vector = 0x43});
+  EXPECT_EQ(apic.acknowledge(), 0x43);
+  EXPECT_EQ(flag(), 0);
+}
+
+TEST_F(Pv, ReadersNeverSeeHalfAnUpdate) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "the protocol is a data race by design: version, data, version";
+#endif
+  v.pv.write_msr(MSR_KVM_SYSTEM_TIME_NEW, 0x1001, Initiator::guest);
+  const auto* shared = reinterpret_cast<const volatile ClockPage*>(v.machine.base + 0x1000);
+  std::atomic<bool> done{false};
+  u64 torn = 0, last_tsc = 0, last_ns = 0;
+  // Another vCPU's reader: what it takes under one even version belongs together.
+  std::thread reader([&] {
+    while (!done) {
+      const u32 before = shared->version;
+      __asm__ volatile("" ::: "memory");
+      const u64 tsc = shared->tsc_timestamp, ns = shared->system_time;
+      __asm__ volatile("" ::: "memory");
+      if (before & 1 || before != shared->version) continue;
+      // set_clock below moves guest time forward, and the TSC goes forward by itself: never one without the other.
+      torn += ns > last_ns && tsc < last_tsc;
+      last_tsc = tsc, last_ns = ns;
+    }
+  });
+  for (u64 i = 1; i < 20'000; ++i) {
+    kvm_clock_data data{};
+    data.clock = i * 1'000'000'000'000;
+    ASSERT_EQ(clock.set_clock(data), 0);
+    v.pv.on_enter();
+  }
+  done = true;
+  reader.join();
+  EXPECT_EQ(torn, 0u);
+  EXPECT_EQ(page().version & 1, 0u);
 }
 
 }  // namespace

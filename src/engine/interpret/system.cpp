@@ -151,6 +151,8 @@ Result write_msr(Context& c, const Instruction&) {
   return c.cpu.write_msr(u32(c.cpu.state.gpr[rcx]), edx_eax(c));
 }
 Result identify(Context& c, const Instruction&) {
+  // CPUID faulting (MISC_FEATURES_ENABLES), which Linux offers its programs as arch_prctl(ARCH_SET_CPUID).
+  if (c.cpu.state.cpl && c.cpu.state.msr.misc_features_enables & 1) return c.cpu.gp();
   u64* gpr = c.cpu.state.gpr;
   u32 out[4];
   c.cpu.machine.cpuid(u32(gpr[rax]), u32(gpr[rcx]), out);
