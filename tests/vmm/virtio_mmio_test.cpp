@@ -4,7 +4,6 @@
 #include <linux/virtio_ids.h>
 
 #include "virtio_driver.h"
-#include "vmm/virtio/acpi.h"
 #include "vmm/virtio/devices.h"
 
 namespace anykvm::vmm {
@@ -214,15 +213,6 @@ TEST(VirtioEntropyTest, FillsBuffers) {
   const auto half = driver.bytes(FakeDriver::buffers + 4096 - 64, 64);
   EXPECT_FALSE(std::ranges::all_of(half, [](u8 byte) { return byte == 0; }));
   EXPECT_TRUE(FakeDriver::eventually([&] { return driver.irq().level.load(); }));
-}
-
-TEST(VirtioAcpiTest, DescribesADevice) {
-  const std::vector<u8> aml = virtio_mmio_aml(0x1f, 0xd0001000, 17);
-  ASSERT_EQ(aml.size(), 2u + aml[2]);
-  EXPECT_EQ((std::vector<u8>(aml.begin(), aml.begin() + 7)), (std::vector<u8>{0x5b, 0x82, aml[2], 'V', 'R', '1', 'F'}));
-  const std::vector<u8> resources{0x86, 9, 0, 1, 0, 0x10, 0, 0xd0, 0, 0x10, 0, 0,  // 4 KiB at 0xd0001000
-                                  0x89, 6, 0, 1, 1, 17,   0, 0,    0, 0x79, 0};
-  EXPECT_TRUE(std::ranges::equal(std::span(aml).last(resources.size()), resources));
 }
 
 }  // namespace
