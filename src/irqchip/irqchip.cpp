@@ -179,7 +179,6 @@ bool IrqChips::mmio_write(Gpa gpa, const void* data, unsigned length) {
 // --- the PIT and state -----------------------------------------------------------------------------------------------
 
 int IrqChips::create_pit(os::TimerQueue& timers, PitOutput& output, u32 flags) {
-  if (flags & ~u32{KVM_PIT_SPEAKER_DUMMY}) return -EINVAL;
   std::lock_guard lock(mutex_);
   if (pit_) return -EEXIST;
   pit_ = std::make_unique<Pit>(timers, output, flags & KVM_PIT_SPEAKER_DUMMY);

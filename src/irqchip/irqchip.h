@@ -66,7 +66,8 @@ class IrqChips final : public EoiSink {
   int pic_acknowledge();
 
   // --- the PIT -------------------------------------------------------------------------------------------------------
-  /// KVM_CREATE_PIT2: -EEXIST when there is one, -EINVAL for unknown flags. Before any vCPU touches its ports.
+  /// KVM_CREATE_PIT2: -EEXIST when there is one. Of the flags only KVM_PIT_SPEAKER_DUMMY means something; others are
+  /// not looked at, as in KVM. The output must stay until destroy_pit().
   int create_pit(os::TimerQueue& timers, PitOutput& output, u32 flags);
   /// Before its output goes; no vCPU runs any more. When it returns, no tick is on its way.
   void destroy_pit();

@@ -28,7 +28,7 @@ int LocalApic::set_state(const kvm_lapic_state& state) {
   const u32 id = field(static_cast<u32>(Register::id));
   if (x2apic_mode() && bus_.x2apic_format() && id != id_) return -EINVAL;
 
-  pv_eoi_offered_ = false;
+  sync_pv_eoi();
   timer_.cancel();
   const TimerMode mode_before = timer_mode();
   const u64 deadline = tsc_deadline_;
