@@ -142,12 +142,13 @@ DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Ins
   fill_operands(d, out);
   out.unit = unit_of(d);
 
-  for (const auto select : {select_move, select_stack, select_branch, select_string, select_io, select_divide,
-                            select_decimal, select_system, select_state, select_masked}) {
+  for (const auto select : {select_move, select_stack, select_branch, select_string, select_io, select_decimal,
+                            select_system, select_state, select_masked}) {
     out.handler = select(d, out);
     if (out.handler) return DecodeStatus::ok;
   }
   out.handler = select_bits(d, out, code);
+  if (!out.handler) out.handler = select_divide(d, out, code);
   if (!out.handler) out.handler = select_native(d, out, code);
   if (!out.handler) out.handler = undefined;
   return DecodeStatus::ok;

@@ -32,27 +32,12 @@ bool overflows_signed(u128 value, u64 raw_divisor) {
 
 template <unsigned bytes, bool is_signed>
 Result divide(Context& c, const Instruction& i) {
-  u64 divisor;
+  u64 divisor;  // a copy: what was checked is what divides
   ANYKVM_TRY(read_operand(c, i, 0, bytes, divisor));
   const u128 value = dividend<bytes>(c);
   if (is_signed ? overflows_signed<bytes>(value, divisor) : overflows_unsigned<bytes>(value, divisor))
     return c.cpu.raise(x86::exception::de);
-  u64* gpr = c.cpu.state.gpr;
-  u64 low = gpr[x86::rax], high = gpr[x86::rdx];
-  // The flags are undefined afterwards: they stay.
-  if constexpr (is_signed) {
-    if constexpr (bytes == 1) __asm__("idivb %b1" : "+a"(low) : "r"(divisor) : "cc");
-    if constexpr (bytes == 2) __asm__("idivw %w2" : "+a"(low), "+d"(high) : "r"(divisor) : "cc");
-    if constexpr (bytes == 4) __asm__("idivl %k2" : "+a"(low), "+d"(high) : "r"(divisor) : "cc");
-    if constexpr (bytes == 8) __asm__("idivq %q2" : "+a"(low), "+d"(high) : "r"(divisor) : "cc");
-  } else {
-    if constexpr (bytes == 1) __asm__("divb %b1" : "+a"(low) : "r"(divisor) : "cc");
-    if constexpr (bytes == 2) __asm__("divw %w2" : "+a"(low), "+d"(high) : "r"(divisor) : "cc");
-    if constexpr (bytes == 4) __asm__("divl %k2" : "+a"(low), "+d"(high) : "r"(divisor) : "cc");
-    if constexpr (bytes == 8) __asm__("divq %q2" : "+a"(low), "+d"(high) : "r"(divisor) : "cc");
-  }
-  gpr[x86::rax] = low;
-  gpr[x86::rdx] = high;
+  i.native(&c.cpu.state, &divisor);
   return Result::ok;
 }
 
@@ -66,10 +51,11 @@ Handler by_size(unsigned bytes) {
 
 }  // namespace
 
-Handler select_divide(const Decoded& d, Instruction&) {
-  if (d.mnemonic() == ZYDIS_MNEMONIC_DIV) return by_size<false>(d.bytes(0));
-  if (d.mnemonic() == ZYDIS_MNEMONIC_IDIV) return by_size<true>(d.bytes(0));
-  return nullptr;
+Handler select_divide(const Decoded& d, Instruction& out, std::span<u8> code) {
+  const bool is_signed = d.mnemonic() == ZYDIS_MNEMONIC_IDIV;
+  if (!is_signed && d.mnemonic() != ZYDIS_MNEMONIC_DIV) return nullptr;
+  if (!make_native(d, out, code)) return nullptr;
+  return is_signed ? by_size<true>(d.bytes(0)) : by_size<false>(d.bytes(0));
 }
 
 }  // namespace anykvm::engine

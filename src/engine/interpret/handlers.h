@@ -29,8 +29,8 @@ Handler select_branch(const Decoded&, Instruction&);  ///< JMP, Jcc, CALL, RET, 
 Handler select_string(const Decoded&, Instruction&);  ///< MOVS, STOS, LODS, CMPS, SCAS
 Handler select_io(const Decoded&, Instruction&);      ///< IN, OUT, INS, OUTS
 Handler select_bits(const Decoded&, Instruction&,
-                    std::span<u8> code);               ///< BT, BTS, BTR, BTC on memory with a register offset
-Handler select_divide(const Decoded&, Instruction&);   ///< DIV, IDIV
+                    std::span<u8> code);  ///< BT, BTS, BTR, BTC on memory with a register offset
+Handler select_divide(const Decoded&, Instruction&, std::span<u8> code);  ///< DIV, IDIV
 Handler select_decimal(const Decoded&, Instruction&);  ///< AAA ... DAS, AAM, AAD, SALC, BOUND, ARPL: legacy modes only
 Handler select_system(const Decoded&, Instruction&);   ///< control registers, descriptor tables, MSRs, CPUID ...
 Handler select_state(const Decoded&, Instruction&);    ///< FXSAVE, XSAVE ..., XGETBV, MXCSR, VZEROALL, FWAIT
@@ -42,6 +42,9 @@ x86::Result no_operation(Context&, const Instruction&);
 
 /// #UD or #NM where CR0, CR4 and XCR0 do not allow the instruction's unit, #MF where one is pending.
 x86::Result check_unit(Context&, const Instruction&);
+
+/// Where the vendors differ, the guest sees the host's behaviour.
+bool host_is_amd();
 
 /// Emits native code for the instruction and points out.native at it.
 bool make_native(const Decoded&, Instruction& out, std::span<u8> code);

@@ -29,16 +29,36 @@ Result store_chosen(Context& c, Gva base, const u8* data, const u8* mask, unsign
   return Result::ok;
 }
 
-/// MASKMOVDQU, VMASKMOVDQU, MASKMOVQ: bytes to [rDI].
+/// What every MMX instruction does to the x87 unit: the stack's top becomes register 0, all registers are in use. The
+/// image keeps ST(0) first, so that it is turned.
+void enter_mmx(x86::FpuState& fpu) {
+  u8* registers = fpu.x87 + 32;
+  std::rotate(registers, registers + 16 * (8 - (fpu.x87[3] >> 3 & 7)) % 128, registers + 128);
+  fpu.x87[3] &= u8(~0x38);
+  fpu.x87[4] = 0xff;
+  fpu.in_use |= x86::xfeature::x87;
+}
+
+/// MASKMOVDQU, VMASKMOVDQU: bytes to [rDI].
 Result masked_move_bytes(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
-  const bool mmx = i.unit == Unit::mmx;
-  const u8* data = mmx ? c.cpu.state.fpu.x87 + 32 + 16 * i.reg[0].index : vector(c, i.reg[0].index);
-  const u8* mask = mmx ? c.cpu.state.fpu.x87 + 32 + 16 * i.reg[1].index : vector(c, i.reg[1].index);
   Gva gva;
-  ANYKVM_TRY(linear_address(c, i.segment, c.cpu.state.gpr[x86::rdi] & size_mask(i.address_bytes), mmx ? 8 : 16,
-                            Access::write, gva));
-  return store_chosen(c, gva, data, mask, 1, mmx ? 8 : 16);
+  ANYKVM_TRY(
+      linear_address(c, i.segment, c.cpu.state.gpr[x86::rdi] & size_mask(i.address_bytes), 16, Access::write, gva));
+  return store_chosen(c, gva, vector(c, i.reg[0].index), vector(c, i.reg[1].index), 1, 16);
+}
+/// MASKMOVQ: the same from MMX registers.
+Result masked_move_mmx(Context& c, const Instruction& i) {
+  ANYKVM_TRY(check_unit(c, i));
+  Gva gva;
+  ANYKVM_TRY(
+      linear_address(c, i.segment, c.cpu.state.gpr[x86::rdi] & size_mask(i.address_bytes), 8, Access::write, gva));
+  x86::FpuState& fpu = c.cpu.state.fpu;
+  const unsigned top = fpu.x87[3] >> 3 & 7;
+  const auto mmx = [&](unsigned n) { return fpu.x87 + 32 + 16 * ((n - top) & 7); };
+  ANYKVM_TRY(store_chosen(c, gva, mmx(i.reg[0].index), mmx(i.reg[1].index), 1, 8));
+  enter_mmx(fpu);
+  return Result::ok;
 }
 
 Result masked_load(Context& c, const Instruction& i) {
@@ -92,7 +112,10 @@ Result gather(Context& c, const Instruction& i) {
 Handler select_masked(const Decoded& d, Instruction& out) {
   unsigned element = 0, index = 0;
   switch (d.mnemonic()) {
-    case ZYDIS_MNEMONIC_MASKMOVQ: out.unit = Unit::mmx; break;
+    case ZYDIS_MNEMONIC_MASKMOVQ:
+      out.unit = Unit::mmx;
+      out.waits_for_x87 = true;
+      return masked_move_mmx;
     case ZYDIS_MNEMONIC_MASKMOVDQU: out.unit = Unit::sse; break;
     case ZYDIS_MNEMONIC_VMASKMOVDQU: out.unit = Unit::avx; break;
     case ZYDIS_MNEMONIC_VMASKMOVPS:

@@ -119,6 +119,14 @@ Result translate_byte(Context& c, const Instruction& i) {
   return Result::ok;
 }
 
+Result exchange_with_r8(Context& c, const Instruction& i) {
+  const RegisterOperand rax{x86::rax, 0}, r8{x86::r8, 0};
+  const u64 old = read_register(c, rax, i.operand_bytes);
+  write_register(c, rax, i.operand_bytes, read_register(c, r8, i.operand_bytes));
+  write_register(c, r8, i.operand_bytes, old);
+  return Result::ok;
+}
+
 #define ANYKVM_BY_SIZE(handler, bytes) \
   ((bytes) == 8 ? handler<8> : (bytes) == 4 ? handler<4> : (bytes) == 2 ? handler<2> : handler<1>)
 
@@ -173,14 +181,23 @@ Handler select_move(const Decoded& d, Instruction& out) {
     default: break;
   }
   switch (d.instruction.meta.category) {
-    case ZYDIS_CATEGORY_NOP:
     case ZYDIS_CATEGORY_WIDENOP:
+      // 0F 0D with a register: a NOP for Intel, undefined for AMD.
+      if (d.instruction.opcode_map == ZYDIS_OPCODE_MAP_0F && d.instruction.opcode == 0x0d && !out.has_memory &&
+          host_is_amd())
+        return undefined;
+      return no_operation;
+    case ZYDIS_CATEGORY_NOP:
     case ZYDIS_CATEGORY_PREFETCH:
-    case ZYDIS_CATEGORY_PREFETCHWT1: return no_operation;
+    case ZYDIS_CATEGORY_PREFETCHWT1:
+      // VEX-encoded prefetches were Knights Corner's only.
+      return d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ? no_operation : undefined;
     default: break;
   }
   switch (d.mnemonic()) {
-    case ZYDIS_MNEMONIC_PAUSE:
+    case ZYDIS_MNEMONIC_PAUSE:  // with REX.B it is XCHG all the same, which Zydis does not know
+      if (out.code_bits == 64 && d.instruction.raw.rex.B) return exchange_with_r8;
+      return no_operation;
     case ZYDIS_MNEMONIC_ENDBR32:
     case ZYDIS_MNEMONIC_ENDBR64: return no_operation;
     default: return nullptr;

@@ -1,4 +1,6 @@
 // The instructions that the host CPU executes for the guest (engine/native): all that compute, none that control.
+#include <cpuid.h>
+
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
 
@@ -191,6 +193,58 @@ bool computes(const Decoded& d) {
          d.instruction.encoding != ZYDIS_INSTRUCTION_ENCODING_3DNOW;
 }
 
+/// Whether the host CPU has the instruction: what it lacks must not reach it. (What the guest's CPUID leaves out but
+/// the host has runs, as under hardware virtualisation.)
+bool host_has(const Decoded& d) {
+  using x86::Feature, x86::supports;
+  switch (d.instruction.meta.isa_ext) {
+    case ZYDIS_ISA_EXT_BASE: return d.instruction.meta.isa_set != ZYDIS_ISA_SET_POPCNT || supports(Feature::popcnt);
+    case ZYDIS_ISA_EXT_LONGMODE:
+    case ZYDIS_ISA_EXT_MMX:
+    case ZYDIS_ISA_EXT_SSE:
+    case ZYDIS_ISA_EXT_SSE2:
+    case ZYDIS_ISA_EXT_X87: return true;  // every 64-bit processor
+    case ZYDIS_ISA_EXT_ADOX_ADCX: return supports(Feature::adx);
+    case ZYDIS_ISA_EXT_AES: return supports(Feature::aes);
+    case ZYDIS_ISA_EXT_AVX: return supports(Feature::avx);
+    case ZYDIS_ISA_EXT_AVX2: return supports(Feature::avx2);
+    case ZYDIS_ISA_EXT_AVX512EVEX:
+    case ZYDIS_ISA_EXT_AVX512VEX: return supports(Feature::avx512f);
+    case ZYDIS_ISA_EXT_AVXAES: return supports(Feature::avx) && supports(Feature::aes);
+    case ZYDIS_ISA_EXT_AVX_VNNI: return supports(Feature::avx_vnni);
+    case ZYDIS_ISA_EXT_BMI1: return supports(Feature::bmi1);
+    case ZYDIS_ISA_EXT_BMI2: return supports(Feature::bmi2);
+    case ZYDIS_ISA_EXT_F16C: return supports(Feature::f16c);
+    case ZYDIS_ISA_EXT_FMA: return supports(Feature::fma);
+    case ZYDIS_ISA_EXT_GFNI: return supports(Feature::gfni);
+    case ZYDIS_ISA_EXT_LZCNT: return supports(Feature::abm);
+    case ZYDIS_ISA_EXT_MOVBE: return supports(Feature::movbe);
+    case ZYDIS_ISA_EXT_PCLMULQDQ: return supports(Feature::pclmulqdq);
+    case ZYDIS_ISA_EXT_RDRAND: return supports(Feature::rdrand);
+    case ZYDIS_ISA_EXT_RDSEED: return supports(Feature::rdseed);
+    case ZYDIS_ISA_EXT_SHA: return supports(Feature::sha);
+    case ZYDIS_ISA_EXT_SSE3: return supports(Feature::sse3);
+    case ZYDIS_ISA_EXT_SSE4: return supports(Feature::sse4_2);
+    case ZYDIS_ISA_EXT_SSE4A: return supports(Feature::sse4a);
+    case ZYDIS_ISA_EXT_SSSE3: return supports(Feature::ssse3);
+    case ZYDIS_ISA_EXT_VAES: return supports(Feature::vaes);
+    case ZYDIS_ISA_EXT_VPCLMULQDQ: return supports(Feature::vpclmulqdq);
+    default: return false;
+  }
+}
+
+}  // namespace
+
+bool host_is_amd() {
+  static const bool amd = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && (b == signature_AMD_ebx);
+  }();
+  return amd;
+}
+
+namespace {
+
 /// Legacy SSE operands of 16 bytes must be aligned unless the instruction says otherwise; VEX and EVEX ones need not
 /// unless it says so.
 u8 required_alignment(const Decoded& d, const Instruction& i) {
@@ -213,7 +267,14 @@ u8 required_alignment(const Decoded& d, const Instruction& i) {
     case ZYDIS_MNEMONIC_PCMPESTRM:
     case ZYDIS_MNEMONIC_PCMPISTRI:
     case ZYDIS_MNEMONIC_PCMPISTRM: return 0;
-    default: return i.unit == Unit::sse && i.memory_bytes == 16 ? 16 : 0;
+    case ZYDIS_MNEMONIC_SHA1MSG1:
+    case ZYDIS_MNEMONIC_SHA1MSG2:
+    case ZYDIS_MNEMONIC_SHA1NEXTE:
+    case ZYDIS_MNEMONIC_SHA1RNDS4:
+    case ZYDIS_MNEMONIC_SHA256MSG1:
+    case ZYDIS_MNEMONIC_SHA256MSG2:
+    case ZYDIS_MNEMONIC_SHA256RNDS2: return host_is_amd() ? 0 : 16;  // AMD's do not check
+    default: return (i.unit == Unit::sse || i.unit == Unit::mmx) && i.memory_bytes == 16 ? 16 : 0;
   }
 }
 
@@ -273,7 +334,7 @@ bool make_native(const Decoded& d, Instruction& out, std::span<u8> code) {
 }
 
 Handler select_native(const Decoded& d, Instruction& out, std::span<u8> code) {
-  if (!computes(d) || !make_native(d, out, code)) return nullptr;
+  if (!computes(d) || !host_has(d) || !make_native(d, out, code)) return nullptr;
   if (out.has_memory) out.alignment = required_alignment(d, out);
   if (out.unit == Unit::integer) return out.has_memory ? integer_memory : integer_register;
   if (out.unit == Unit::mmx) out.waits_for_x87 = true;

@@ -104,9 +104,32 @@ struct Uses {
   bool conditional_flags = false;
 };
 
+bool is_floating_point(const ZydisDecodedOperand& operand) {
+  return operand.element_type == ZYDIS_ELEMENT_TYPE_FLOAT16 || operand.element_type == ZYDIS_ELEMENT_TYPE_FLOAT32 ||
+         operand.element_type == ZYDIS_ELEMENT_TYPE_FLOAT64;
+}
+
+/// Instructions on floating-point data whose operands Zydis' tables call integers.
+bool rounds(ZydisMnemonic mnemonic) {
+  switch (mnemonic) {
+    case ZYDIS_MNEMONIC_ROUNDPD:
+    case ZYDIS_MNEMONIC_ROUNDPS:
+    case ZYDIS_MNEMONIC_ROUNDSD:
+    case ZYDIS_MNEMONIC_ROUNDSS:
+    case ZYDIS_MNEMONIC_VROUNDPD:
+    case ZYDIS_MNEMONIC_VROUNDPS:
+    case ZYDIS_MNEMONIC_VROUNDSD:
+    case ZYDIS_MNEMONIC_VROUNDSS: return true;
+    default: return false;
+  }
+}
+
 /// false: an operand that cannot be handed to the host.
 bool collect(const ZydisDecodedInstruction& instruction, std::span<const ZydisDecodedOperand> operands, Uses& uses) {
+  uses.reads_mxcsr = rounds(instruction.mnemonic);
+  const bool is_x87 = instruction.meta.isa_ext == ZYDIS_ISA_EXT_X87;
   for (const ZydisDecodedOperand& operand : operands) {
+    if (!is_x87 && is_floating_point(operand)) uses.reads_mxcsr = true;
     const bool written = operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
     switch (operand.type) {
       case ZYDIS_OPERAND_TYPE_REGISTER: {
@@ -160,7 +183,7 @@ bool collect(const ZydisDecodedInstruction& instruction, std::span<const ZydisDe
       default: return false;
     }
   }
-  if (instruction.meta.isa_ext == ZYDIS_ISA_EXT_X87) uses.x87 = true;
+  if (is_x87 || instruction.meta.isa_ext == ZYDIS_ISA_EXT_MMX) uses.x87 = true;  // EMMS has no operands
   uses.wide_vector = instruction.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY;
   return true;
 }
@@ -197,11 +220,18 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
   unsigned at = 0;
   bool seen_66 = false, mandatory_66 = false;
   u8 rex = 0;
-  for (; is_legacy_prefix(bytes[at]); ++at)
+  for (;; ++at) {
+    if (code_bits == 64 && (bytes[at] & 0xf0) == 0x40) {
+      rex = bytes[at];
+      continue;
+    }
+    if (!is_legacy_prefix(bytes[at])) break;
+    rex = 0;  // counts only right before the opcode
     if (bytes[at] == 0x66) {
       seen_66 = true;
       if (instruction.raw.prefixes[at].type == ZYDIS_PREFIX_TYPE_MANDATORY) mandatory_66 = true;
     }
+  }
   const bool integer = !uses.vector && !uses.x87 && !uses.opmask;
   bool want_66 = seen_66;
   const bool x87_image = uses.x87 && uses.memory && operands[0].size >= 14 * 8;  // FLDENV ...: its layout has two sizes
@@ -209,7 +239,6 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
   if (want_66) e.byte(0x66);
   for (unsigned i = 0; i < at; ++i)
     if (bytes[i] == 0xf0 || bytes[i] == 0xf2 || bytes[i] == 0xf3) e.byte(bytes[i]);
-  if (code_bits == 64 && (bytes[at] & 0xf0) == 0x40) rex = bytes[at++];
 
   const bool has_modrm = instruction.attributes & ZYDIS_ATTRIB_HAS_MODRM;
   const bool memory_form = uses.memory;
@@ -339,7 +368,7 @@ EmitResult emit_native(const ZydisDecodedInstruction& instruction, std::span<con
   const u32 callee_saved = (taken & ~(1u << x86::rsp)) & (1u << x86::rbx | 1u << x86::rbp | 0xf000u);
   for (unsigned reg = 0; reg < 16; ++reg)
     if (callee_saved >> reg & 1) e.push(reg);
-  const bool mxcsr = uses.vector && uses.reads_mxcsr;
+  const bool mxcsr = uses.reads_mxcsr;
   if (mxcsr) {
     e.push(x86::rax);
     e.bytes(0x0f, 0xae, 0x1c, 0x24);  // stmxcsr [rsp]
