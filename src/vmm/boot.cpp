@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <memory>
 
 #include "vmm/console.h"
 
@@ -81,6 +82,8 @@ Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options) {
     fmt::print(stderr, "anykvm: {} CPU{}, {} MiB, engine {}{}{}", options.machine.cpus,
                options.machine.cpus == 1 ? "" : "s", options.machine.memory_bytes >> 20, engine,
                console.interactive() ? "; Ctrl-A x leaves, Ctrl-A h helps" : "", console.interactive() ? "\r\n" : "\n");
+  // Also when something throws: devices may go only when the loop no longer calls them.
+  const std::unique_ptr<EventLoop, decltype([](EventLoop* running) { running->stop(); })> stop_before_devices_go(&loop);
   loop.start();
   machine.start();
   const Outcome result = outcome.wait(options.timeout);
