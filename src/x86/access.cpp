@@ -1,9 +1,9 @@
 // Memory accesses that the TLB's fast path does not serve: TLB misses, operands across two pages, MMIO, and the
 // segment checks of modes other than 64-bit.
 //
-// Every page of an access is translated before the first byte moves: a fault then finds nothing half done, nor a device
-// read in vain side effects then finds nothing half done.
-#include "x86/cpu.h"
+// Every page of an access is translated before the first byte moves: a fault finds nothing half done, and no device
+// was read in vain.
+#include "x86/descriptors.h"
 
 namespace anykvm::x86 {
 
@@ -16,11 +16,11 @@ Result translate_parts(Cpu& cpu, Gva gva, unsigned size, Access access, Privileg
                        Operand::Part (&parts)[2]) {
   const unsigned first = unsigned(page_size - (gva & ~page_mask));
   Mmu::Translation translation;
-  if (Result r = cpu.mmu.translate(cpu, gva, access, privilege, translation); r != Result::ok) return r;
+  ANYKVM_TRY(cpu.mmu.translate(cpu, gva, access, privilege, translation));
   parts[0] = {translation.host, translation.gpa, size < first ? size : first};
   parts[1] = {nullptr, 0, 0};
   if (size <= first) return Result::ok;
-  if (Result r = cpu.mmu.translate(cpu, gva + first, access, privilege, translation); r != Result::ok) return r;
+  ANYKVM_TRY(cpu.mmu.translate(cpu, gva + first, access, privilege, translation));
   parts[1] = {translation.host, translation.gpa, size - first};
   return Result::ok;
 }
@@ -91,29 +91,30 @@ Result write_parts(Cpu& cpu, const Operand::Part (&parts)[2], const u8* data) {
 
 Result Cpu::read_slow(Gva gva, void* data, unsigned size, Privilege privilege) {
   Operand::Part parts[2];
-  if (Result r = translate_parts(*this, gva, size, Access::read, privilege, parts); r != Result::ok) return r;
+  ANYKVM_TRY(translate_parts(*this, gva, size, Access::read, privilege, parts));
   return read_parts(*this, parts, static_cast<u8*>(data));
 }
 
 Result Cpu::write_slow(Gva gva, const void* data, unsigned size, Privilege privilege) {
   Operand::Part parts[2];
-  if (Result r = translate_parts(*this, gva, size, Access::write, privilege, parts); r != Result::ok) return r;
+  ANYKVM_TRY(translate_parts(*this, gva, size, Access::write, privilege, parts));
   return write_parts(*this, parts, static_cast<const u8*>(data));
 }
 
 Result Cpu::open_operand_slow(Use use, Operand& operand) {
   const Access access = use == Use::read ? Access::read : Access::write;
-  if (Result r = translate_parts(*this, operand.gva, operand.size, access, data_privilege, operand.parts);
-      r != Result::ok) {
-    return r;
-  }
+  ANYKVM_TRY(translate_parts(*this, operand.gva, operand.size, access, data_privilege, operand.parts));
   if (operand.parts[0].host && !operand.parts[1].size) {
     operand.host = operand.parts[0].host;
     return Result::ok;
   }
   operand.bounced = true;
   operand.host = operand.buffer;
-  return use == Use::write ? Result::ok : read_parts(*this, operand.parts, operand.buffer);
+  if (use == Use::write) return Result::ok;
+  // A read-only slot is RAM for the load and a device for the store.
+  Operand::Part readable[2];
+  ANYKVM_TRY(translate_parts(*this, operand.gva, operand.size, Access::read, data_privilege, readable));
+  return read_parts(*this, readable, operand.buffer);
 }
 
 void Cpu::commit_operand(Operand& operand) {
@@ -126,20 +127,16 @@ Result Cpu::linear_legacy(SegmentName name, u64 offset, unsigned size, Access ac
   const u8 vector = name == ss ? exception::ss : exception::gp;
   const u32 start = u32(offset);
   out = u32(segment.base + start);
-  const u64 last = u64(start) + size - 1;
-
-  if (!state.protected_mode() || state.v86()) return last <= segment.limit ? Result::ok : raise(vector, 0);
+  if (!state.protected_mode() || state.v86()) {
+    return u64(start) + size - 1 <= segment.limit ? Result::ok : raise(vector, 0);
+  }
 
   if (segment.unusable || !segment.present) return raise(vector, 0);
   const bool code = segment.type & 8;
   if (access == Access::write ? code || !(segment.type & 2) : code && !(segment.type & 2) && access == Access::read) {
     return raise(vector, 0);
   }
-  if (!code && segment.type & 4) {  // expand-down: the limit is the last offset below the segment
-    const u64 top = segment.db ? 0xffffffff : 0xffff;
-    return start > segment.limit && last <= top ? Result::ok : raise(vector, 0);
-  }
-  return last <= segment.limit ? Result::ok : raise(vector, 0);
+  return inside_limit(segment, start, size) ? Result::ok : raise(vector, 0);
 }
 
 }  // namespace anykvm::x86

@@ -64,8 +64,9 @@ Result Mmu::translate(Cpu& cpu, Gva gva, Access access, Privilege privilege, Tra
   tag_of(entry, access) = tag;
   if (access == Access::write) entry.read = tag;  // what may be written may be read
   if (walk.large) {
-    if (linear_page < large_low_) large_low_ = linear_page;
-    if (linear_page > large_high_) large_high_ = linear_page;
+    Range& range = large_[gva >> 63];
+    if (linear_page < range.low) range.low = linear_page;
+    if (linear_page > range.high) range.high = linear_page;
   }
   return Result::ok;
 }
@@ -87,8 +88,7 @@ bool Mmu::probe(Cpu& cpu, Gva gva, Gpa& out) {
 }
 
 void Mmu::flush_all() {
-  large_low_ = ~0ull;
-  large_high_ = 0;
+  large_[0] = large_[1] = {};
   if (generation_++ != last_generation) return;
   generation_ = 1;
   madvise(table_, table_bytes, MADV_DONTNEED);
@@ -102,7 +102,7 @@ void Mmu::flush_page(Cpu& cpu, Gva gva) {
   // A large page may have been entered as many small ones. Their extent is not kept: 1 GiB covers any of them.
   constexpr u64 largest = 1ull << 30;
   const u64 start = gva & ~(largest - 1), end = start + (largest - 1);
-  if (large_low_ <= end && large_high_ >= start) {
+  if (const Range& range = large_[gva >> 63]; range.low <= end && range.high >= start) {
     flush_all();
     return;
   }

@@ -58,9 +58,12 @@ class Mmu {
 
  private:
   using Table = TlbEntry[entries];
-  Table* table_;                            ///< [3], mapped lazily so that an idle CPU costs no memory
-  u64 generation_ = 1;                      ///< 1..4095
-  u64 large_low_ = ~0ull, large_high_ = 0;  ///< where large pages were entered since the last flush
+  Table* table_;        ///< [3], mapped lazily so that an idle CPU costs no memory
+  u64 generation_ = 1;  ///< 1..4095
+  /// Where large pages were entered since the last flush, in the lower and in the upper half of the address space.
+  struct Range {
+    u64 low = ~0ull, high = 0;
+  } large_[2];
 };
 
 }  // namespace anykvm::x86

@@ -161,6 +161,22 @@ TEST_F(MemoryAccess, RamAndMmioInOneStore) {
   EXPECT_EQ(cpu.mmio.next_write().data[0], 0x44);
 }
 
+TEST_F(MemoryAccess, AReadOnlySlotIsReadFromRamAndWrittenAsADevice) {
+  machine.read_only.insert(first);
+  machine.put<u64>(first + 8, 41);
+  cpu.mmio.begin_instruction();
+  Operand operand;
+  ASSERT_EQ(cpu.open_operand(ram + 8, 8, Cpu::Use::read_write, operand), Result::ok);
+  ASSERT_TRUE(operand.bounced);
+  EXPECT_EQ(operand.host[0], 41);
+  ++operand.host[0];
+  cpu.close_operand(operand, Cpu::Use::read_write);
+  ASSERT_TRUE(cpu.mmio.has_writes());
+  EXPECT_EQ(cpu.mmio.next_write().gpa, first + 8);
+  EXPECT_EQ(cpu.mmio.next_write().data[0], 42);
+  EXPECT_EQ(machine.get<u64>(first + 8), 41u);
+}
+
 TEST_F(MemoryAccess, LongModeLinearAddresses) {
   Gva out;
   cpu.state.segment[fs].base = 0x1000;
