@@ -59,11 +59,12 @@ std::vector<kvm_cpuid_entry2> cpuid_of(const Kvm& kvm, unsigned id, unsigned cou
 }
 
 void set_firmware_state(Vcpu& vcpu) {
-  constexpr u32 mtrr_default_type = 0x2ff, misc_enable = 0x1a0;
+  constexpr u32 mtrr_default_type = 0x2ff, misc_enable = 0x1a0, amd_hardware_configuration = 0xc001'0015;
   const kvm_msr_entry msrs[] = {
       {.index = mtrr_default_type,
        .data = 1 << 11 | 6},              // enabled, write-back: without, the guest leaves the PAT alone
       {.index = misc_enable, .data = 1},  // fast strings
+      {.index = amd_hardware_configuration, .data = 1 << 24},  // the TSC counts at P0's frequency
   };
   for (const kvm_msr_entry& entry : msrs) vcpu.set_msrs({&entry, 1});
 

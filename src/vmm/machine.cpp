@@ -42,6 +42,7 @@ Machine::Machine(const Kvm& kvm, const MachineOptions& options, EventLoop& loop,
   ports_.add(keyboard_command_port, 1, keyboard_->command());
   ports_.add(Rtc::base_port, Rtc::port_count, *rtc_);
   ports_.add(PowerManagement::base_port, PowerManagement::port_count, *power_);
+  ports_.add(PciHost::base_port, PciHost::port_count, pci_);
 
   for (const DiskOption& disk : options.disks) {
     try {

@@ -1,4 +1,5 @@
-// The machine that `anykvm boot` gives a kernel: a PC without PCI; disks, network and entropy are virtio-mmio.
+// The machine that `anykvm boot` gives a kernel: a PC with an empty PCI bus; disks, network and entropy are
+// virtio-mmio.
 #pragma once
 
 #include <memory>
@@ -11,6 +12,7 @@
 #include "vmm/guest_memory.h"
 #include "vmm/i8042.h"
 #include "vmm/loader/kernel.h"
+#include "vmm/pci_host.h"
 #include "vmm/power_management.h"
 #include "vmm/rtc.h"
 #include "vmm/run_outcome.h"
@@ -64,6 +66,7 @@ class Machine {
   std::unique_ptr<I8042> keyboard_;
   std::unique_ptr<Rtc> rtc_;
   std::unique_ptr<PowerManagement> power_;
+  PciHost pci_;
   std::vector<VirtioSlot> virtio_slots_;
   std::vector<std::unique_ptr<VirtioMmio>> virtio_;
   std::vector<std::unique_ptr<VcpuThread>> vcpus_;
