@@ -111,13 +111,16 @@ TEST_F(Signals, SigactionShowsTheClientItsOwnHandler) {
   EXPECT_EQ(signal(SIGUSR1, SIG_DFL), SIG_IGN);
   raise(SIGURG);  // ignored by default: no handler of ours in between
 
+  struct sigaction before;
+  ASSERT_EQ(sigaction(SIGBUS, nullptr, &before), 0);
   add_vcpu();  // the fault handlers are in place now
   ASSERT_EQ(sigaction(SIGBUS, nullptr, &old), 0);
-  EXPECT_EQ(old.sa_handler, SIG_DFL);
+  EXPECT_EQ(old.sa_handler, before.sa_handler);
   ASSERT_EQ(sigaction(SIGBUS, &action, nullptr), 0);
   raise(SIGBUS);
   EXPECT_EQ(handled, 1);
-  EXPECT_EQ(signal(SIGBUS, SIG_DFL), action.sa_handler);
+  EXPECT_EQ(signal(SIGBUS, before.sa_handler), action.sa_handler);
+  sigaction(SIGBUS, &before, nullptr);
 }
 
 class SignalMasks : public Signals {
