@@ -12,7 +12,7 @@ enum class HostFaults : unsigned {
   all = memory | arithmetic,
 };
 
-/// Installs the handlers: SA_ONSTACK | SA_SIGINFO | SA_NODEFER, chained to what was there. The first call does it, the
+/// Installs the handlers (SA_ONSTACK | SA_SIGINFO | SA_NODEFER) in front of the client's. The first call does it, the
 /// others return at once. Thread-safe; not async-signal-safe. Handlers must not be blocked in a thread that meets a
 /// fault: Linux kills a process that faults with the signal blocked.
 void install_fault_handlers();
