@@ -26,3 +26,8 @@ string(PREPEND ANYKVM_PC_PREFIX "\${pcfiledir}/")
 string(REGEX REPLACE "/$" "" ANYKVM_PC_PREFIX ${ANYKVM_PC_PREFIX})
 configure_file(cmake/anykvm.pc.in ${CMAKE_BINARY_DIR}/anykvm.pc @ONLY)
 install(FILES ${CMAKE_BINARY_DIR}/anykvm.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+
+if(ANYKVM_BUILD_TESTS AND TARGET anykvm_tool AND NOT ANYKVM_SANITIZE)
+  add_test(NAME install.consumer COMMAND ${CMAKE_SOURCE_DIR}/tests/install/run ${CMAKE_BINARY_DIR})
+  set_tests_properties(install.consumer PROPERTIES TIMEOUT 300 LABELS install)
+endif()

@@ -82,7 +82,7 @@ int usage_error(const CLI::Error& error) {
 int run(int argc, char** argv) {
   CLI::App app("KVM as a C++ program: runs virtual machines without hardware virtualisation", "anykvm");
   app.set_version_flag("--version", "anykvm " ANYKVM_VERSION);
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);
   BootArguments boot_arguments;
   CLI::App& boot = *app.add_subcommand("boot", "Boot a Linux kernel to a console on this terminal");
   describe_boot(boot, boot_arguments);
@@ -91,7 +91,9 @@ int run(int argc, char** argv) {
   info_command.add_flag("--json", json, "As JSON");
   try {
     app.parse(argc, argv);
-    return boot.parsed() ? run_boot(boot_arguments) : info(json);
+    if (boot.parsed()) return run_boot(boot_arguments);
+    if (info_command.parsed()) return info(json);
+    throw CLI::RequiredError("A command, boot or info,");
   } catch (const CLI::Success& request) {  // --help, --version
     return app.exit(request);
   } catch (const CLI::Error& error) {

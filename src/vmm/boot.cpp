@@ -78,7 +78,8 @@ Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options) {
   Console console(loop, [&] { outcome.set({Outcome::Kind::left, {}}); });
   Machine machine(kvm, options.machine, loop, outcome, [&](u8 byte) { console.put(byte); });
   console.connect(machine.serial());
-  if (!options.quiet)
+  // What software mode is and how to get out is for a person; whoever reads a pipe wants the outcome alone.
+  if (!options.quiet && isatty(STDERR_FILENO))
     fmt::print(stderr, "anykvm: {} CPU{}, {} MiB, engine {}{}{}", options.machine.cpus,
                options.machine.cpus == 1 ? "" : "s", options.machine.memory_bytes >> 20, engine,
                console.interactive() ? "; Ctrl-A x leaves, Ctrl-A h helps" : "", console.interactive() ? "\r\n" : "\n");
@@ -97,7 +98,7 @@ Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options) {
 
 int boot(std::shared_ptr<KvmDevice> device, const BootOptions& options) try {
   const Outcome outcome = run(std::move(device), options);
-  if (is_failure(outcome) || !options.quiet) fmt::print(stderr, "\nanykvm: {}\n", message_of(outcome, options));
+  if (is_failure(outcome) || !options.quiet) fmt::print(stderr, "anykvm: {}\n", message_of(outcome, options));
   return exit_code(outcome);
 } catch (const BadInput& error) {
   fmt::print(stderr, "anykvm: {}\n", error.what());

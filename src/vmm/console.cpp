@@ -95,6 +95,7 @@ void Console::put(u8 byte) {
 }
 
 void Console::flush_locked() {
+  if (!buffer_.empty()) line_ended_ = buffer_.back() == '\n';
   const char* at = buffer_.data();
   size_t left = buffer_.size();
   while (left > 0) {
@@ -116,6 +117,10 @@ void Console::finish() {
   loop_.remove(STDIN_FILENO);
   const std::scoped_lock lock(mutex_);
   flush_locked();
+  if (isatty(STDOUT_FILENO) && !line_ended_) {
+    buffer_ = "\r\n";
+    flush_locked();
+  }
 }
 
 }  // namespace anykvm::vmm

@@ -51,6 +51,7 @@ class Console {
   std::mutex mutex_;
   std::string buffer_;
   bool flush_planned_ = false;
+  bool line_ended_ = true;
 };
 
 }  // namespace anykvm::vmm
