@@ -57,7 +57,7 @@ Result Mmu::translate(Cpu& cpu, Gva gva, Access access, Privilege privilege, Tra
 
   const u64 linear_page = gva & page_mask, tag = linear_page | generation_;
   const u64 addend = reinterpret_cast<u64>(page.host) - linear_page;
-  TlbEntry& entry = table_[unsigned(privilege)][(gva >> 12) % entries];
+  TlbEntry& entry = table_[unsigned(privilege)][slot(gva)];
   if ((entry.read != tag && entry.write != tag && entry.fetch != tag) || entry.addend != addend) {
     entry = {.addend = addend};
   }
@@ -107,7 +107,7 @@ void Mmu::flush_page(Cpu& cpu, Gva gva) {
     return;
   }
   for (unsigned privilege = 0; privilege < privileges; ++privilege) {
-    TlbEntry& entry = table_[privilege][(gva >> 12) % entries];
+    TlbEntry& entry = table_[privilege][slot(gva)];
     const u64 tag = (gva & page_mask) | generation_;
     if (entry.read == tag || entry.write == tag || entry.fetch == tag) entry = {};
   }

@@ -33,9 +33,12 @@ class Mmu {
   Mmu(const Mmu&) = delete;
   Mmu& operator=(const Mmu&) = delete;
 
+  /// Folds the upper bits in: code, heap and stack often lie a multiple of 16 MiB apart.
+  static unsigned slot(Gva gva) { return unsigned(gva >> 12 ^ gva >> 24) % entries; }
+
   /// Host address of [gva, gva + size) if the TLB has it, the access is allowed and it stays inside the page.
   u8* lookup(Gva gva, unsigned size, Access access, Privilege privilege) const {
-    const TlbEntry& e = table_[unsigned(privilege)][(gva >> 12) % entries];
+    const TlbEntry& e = table_[unsigned(privilege)][slot(gva)];
     const u64 tag = access == Access::read ? e.read : access == Access::write ? e.write : e.fetch;
     if (tag != ((gva & page_mask) | generation_) || (gva & ~page_mask) + size > page_size) return nullptr;
     return reinterpret_cast<u8*>(gva + e.addend);
