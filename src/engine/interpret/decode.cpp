@@ -61,7 +61,7 @@ void fill_operands(const Decoded& d, Instruction& out) {
           RegisterOperand& reg = out.reg[registers++];
           if (kind == ZYDIS_REGCLASS_GPR8 || kind == ZYDIS_REGCLASS_GPR16 || kind == ZYDIS_REGCLASS_GPR32 ||
               kind == ZYDIS_REGCLASS_GPR64)
-            reg = {u8(gpr_number(operand.reg.value)), u8(is_high_byte(operand.reg.value) ? 8 : 0)};
+            reg = {u8(gpr_number(operand.reg.value)), is_high_byte(operand.reg.value)};
           else
             reg = {u8(d.register_id(n)), 0};
         }
@@ -136,7 +136,6 @@ DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Ins
   std::memcpy(out.bytes, bytes, out.length);
   out.operand_bytes = u8(d.instruction.operand_width / 8);
   out.address_bytes = u8(d.instruction.address_width / 8);
-  out.has_lock = d.instruction.attributes & ZYDIS_ATTRIB_HAS_LOCK;
   if (d.instruction.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE)) out.repeat = Repeat::while_equal;
   if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_REPNE) out.repeat = Repeat::while_not_equal;
   fill_operands(d, out);

@@ -25,39 +25,45 @@ enum class Unit : u8 { integer, x87, mmx, sse, avx, avx512 };
 
 /// A general register as an operand names it.
 struct RegisterOperand {
-  u8 index = 0;
-  u8 shift = 0;  ///< 8 for AH, CH, DH, BH
+  u8 index : 5 = 0;
+  u8 is_high_byte : 1 = 0;  ///< AH, CH, DH, BH
+
+  unsigned shift() const { return is_high_byte * 8u; }
 };
 
-struct Instruction {
+/// One cache line: the cache of them is what the interpreter misses most.
+struct alignas(64) Instruction {
   static constexpr s8 no_register = -1, rip_relative = 16;
 
+  u8 bytes[16] = {};
   Handler handler = nullptr;
   NativeCode native = nullptr;  ///< for the handlers that let the host CPU execute it
-  alignas(16) u8 bytes[16] = {};
-  s64 immediate = 0;  ///< sign-extended; the branch displacement; a 64-bit absolute address
+  s64 immediate = 0;            ///< sign-extended; the branch displacement; a 64-bit absolute address; FOP
   s32 displacement = 0;
 
+  u16 selector = 0;  ///< of a far pointer
   u8 length = 0;
   u8 code_bits = 0;  ///< the mode that it was decoded for
   u8 operand_bytes = 0;
   u8 address_bytes = 0;
   s8 base = no_register, index = no_register;
-  u8 scale_shift = 0;
-  x86::SegmentName segment = x86::ds;
   u8 memory_bytes = 0;
-  x86::Cpu::Use use = x86::Cpu::Use::read;
-  u8 alignment = 0;  ///< the memory operand must be aligned to this, else #GP; 0: any
-  Unit unit = Unit::integer;
-  Repeat repeat = Repeat::none;
-  bool has_memory = false;
-  bool has_lock = false;
-  bool waits_for_x87 = false;       ///< a pending x87 exception is reported before it
-  bool moves_x87_pointers = false;  ///< sets FIP, FDP and FOP; immediate holds FOP
-  bool uses_mxcsr = false;
-  u8 condition = 0;        ///< low nibble of Jcc/SETcc/CMOVcc
+  u8 alignment = 0;        ///< the memory operand must be aligned to this, else #GP; 0: any
   RegisterOperand reg[2];  ///< the first two register operands, in the order written
-  u16 selector = 0;        ///< of a far pointer
+  u8 scale_shift : 2 = 0;
+  x86::SegmentName segment : 3 = x86::ds;
+  Unit unit : 3 = Unit::integer;
+  x86::Cpu::Use use : 2 = x86::Cpu::Use::read;
+  Repeat repeat : 2 = Repeat::none;
+  bool has_memory : 1 = false;
+  bool port_in_dx : 1 = false;          ///< IN and OUT by DX
+  bool waits_for_x87 : 1 = false;       ///< a pending x87 exception is reported before it
+  bool moves_x87_pointers : 1 = false;  ///< sets FIP, FDP and FOP
+  bool uses_mxcsr : 1 = false;
+
+  /// One bit a byte of the instruction.
+  u32 length_mask() const { return (1u << length) - 1; }
 };
+static_assert(sizeof(Instruction) == 64);
 
 }  // namespace anykvm::engine

@@ -6,6 +6,7 @@
 #include <emmintrin.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -23,11 +24,6 @@ namespace {
 constexpr unsigned cache_entries = 1u << 15;
 /// How often at least immediate_exit is looked at, in instructions.
 constexpr u64 poll_interval = 64;
-
-struct Slot {
-  Instruction instruction;
-  u16 length_mask;  ///< one bit a byte of the instruction
-};
 
 unsigned slot_of(Gva address) { return unsigned(address ^ address >> 13) % cache_entries; }
 
@@ -51,10 +47,10 @@ class HostControlWords {
 class Interpreter final : public Engine {
  public:
   Interpreter()
-      : slots_(static_cast<Slot*>(map(cache_entries * sizeof(Slot), PROT_READ | PROT_WRITE))),
+      : slots_(static_cast<Instruction*>(map(cache_entries * sizeof(Instruction), PROT_READ | PROT_WRITE))),
         code_(static_cast<u8*>(map(cache_entries * native_code_bytes, PROT_READ | PROT_WRITE | PROT_EXEC))) {}
   ~Interpreter() override {
-    munmap(slots_, cache_entries * sizeof(Slot));
+    munmap(slots_, cache_entries * sizeof(Instruction));
     munmap(code_, cache_entries * native_code_bytes);
   }
   Interpreter(const Interpreter&) = delete;
@@ -69,93 +65,84 @@ class Interpreter final : public Engine {
   void execute(Cpu& cpu);
   /// The instruction at RIP, or nullptr with a fault raised or an exit set.
   const Instruction* fetch(Cpu& cpu, Result& why_not);
-  const Instruction* fetch_across_pages(Cpu& cpu, Gva gva, const u8* first_page, Slot& slot, u8* code, Result& why_not);
+  const Instruction* fetch_slowly(Cpu& cpu, Result& why_not);
+  static bool is_cached(const Instruction& slot, const u8* code_at);
+  static const u8* code_page(Cpu& cpu, Gva gva, Result& why_not);
   static void complete(Cpu& cpu, u8 shadow_before, bool trap);
   static bool fault(Cpu& cpu, const Instruction* instruction);
 
-  Slot* slots_;  ///< mapped, so that an unused cache costs no memory
-  u8* code_;     ///< native code of the slot of the same number
+  Instruction* slots_;  ///< mapped, so that an unused cache costs no memory
+  u8* code_;            ///< native code of the slot of the same number
 };
 
-void fill(Slot& slot) { slot.length_mask = u16((1u << slot.instruction.length) - 1); }
+inline Privilege fetch_privilege(const Cpu& cpu) { return cpu.state.cpl == 3 ? Privilege::user : cpu.system_privilege; }
 
-Result fetch_fails(Cpu& cpu, const char* reason) {
-  cpu.exit.kind = ExitKind::internal_error;
-  cpu.exit.reason = reason;
-  return Result::exit;
+/// The common case, small enough to be part of the loop: 64-bit code on a page that the TLB has, already decoded.
+inline const Instruction* Interpreter::fetch(Cpu& cpu, Result& why_not) {
+  const Gva gva = cpu.state.rip;
+  if (cpu.state.code_bits == 64 && (gva & ~page_mask) <= page_size - 16) [[likely]] {
+    if (const u8* code_at = cpu.mmu.lookup(gva, 1, Access::fetch, fetch_privilege(cpu))) [[likely]] {
+      const Instruction& slot = slots_[slot_of(gva)];
+      if (slot.code_bits == 64 && is_cached(slot, code_at)) [[likely]]
+        return &slot;
+    }
+  }
+  return fetch_slowly(cpu, why_not);
 }
 
-const Instruction* Interpreter::fetch(Cpu& cpu, Result& why_not) {
+inline bool Interpreter::is_cached(const Instruction& slot, const u8* code_at) {
+  const __m128i now = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code_at));
+  const __m128i then = _mm_load_si128(reinterpret_cast<const __m128i*>(slot.bytes));
+  const unsigned same = unsigned(_mm_movemask_epi8(_mm_cmpeq_epi8(now, then)));
+  return (~same & slot.length_mask()) == 0;
+}
+
+/// The bytes of RAM that an instruction at gva begins with; nullptr with why_not set.
+const u8* Interpreter::code_page(Cpu& cpu, Gva gva, Result& why_not) {
+  x86::Mmu::Translation page;
+  why_not = cpu.mmu.translate(cpu, gva, Access::fetch, fetch_privilege(cpu), page);
+  if (why_not == Result::ok && !page.host) {
+    cpu.exit.kind = ExitKind::internal_error;
+    cpu.exit.reason = "instruction fetch from outside RAM";
+    why_not = Result::exit;
+  }
+  return why_not == Result::ok ? page.host : nullptr;
+}
+
+const Instruction* Interpreter::fetch_slowly(Cpu& cpu, Result& why_not) {
   const x86::CpuState& s = cpu.state;
   Gva gva = s.rip;
-  if (s.code_bits != 64) [[unlikely]] {
+  if (s.code_bits != 64) {
     if (s.rip > s.segment[x86::cs].limit) {
       why_not = cpu.gp();
       return nullptr;
     }
     gva = u32(gva + s.segment[x86::cs].base);
   }
-  const Privilege privilege = s.cpl == 3 ? Privilege::user : cpu.system_privilege;
-  const u8* code_at = cpu.mmu.lookup(gva, 1, Access::fetch, privilege);
-  if (!code_at) [[unlikely]] {
-    x86::Mmu::Translation page;
-    why_not = cpu.mmu.translate(cpu, gva, Access::fetch, privilege, page);
-    if (why_not != Result::ok) return nullptr;
-    if (!page.host) {
-      why_not = fetch_fails(cpu, "instruction fetch from outside RAM");
-      return nullptr;
-    }
-    code_at = page.host;
-  }
+  const u8* code_at = code_page(cpu, gva, why_not);
+  if (!code_at) return nullptr;
   const unsigned number = slot_of(gva);
-  Slot& slot = slots_[number];
-  u8* code = code_ + std::size_t(number) * native_code_bytes;
-  if ((gva & ~page_mask) > page_size - 16) [[unlikely]]
-    return fetch_across_pages(cpu, gva, code_at, slot, code, why_not);
+  Instruction& slot = slots_[number];
+  const std::span<u8> native{code_ + std::size_t(number) * native_code_bytes, native_code_bytes};
 
-  const __m128i now = _mm_loadu_si128(reinterpret_cast<const __m128i*>(code_at));
-  const __m128i then = _mm_load_si128(reinterpret_cast<const __m128i*>(slot.instruction.bytes));
-  const unsigned same = unsigned(_mm_movemask_epi8(_mm_cmpeq_epi8(now, then)));
-  if ((~same & slot.length_mask) == 0 && slot.instruction.code_bits == s.code_bits) [[likely]]
-    return &slot.instruction;
-
-  u8 bytes[16];
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), now);
-  (void)decode(bytes, 15, s.code_bits, slot.instruction, {code, native_code_bytes});
-  fill(slot);
-  return &slot.instruction;
-}
-
-/// The last 15 bytes of a page: the instruction may continue on the next one, which is translated only if it does.
-const Instruction* Interpreter::fetch_across_pages(Cpu& cpu, Gva gva, const u8* first_page, Slot& slot, u8* code,
-                                                   Result& why_not) {
   u8 bytes[16] = {};
-  const unsigned first = unsigned(page_size - (gva & ~page_mask));
-  std::memcpy(bytes, first_page, first < 16 ? first : 16);
-  const auto cached = [&](unsigned available) {
-    return slot.instruction.code_bits == cpu.state.code_bits && slot.instruction.length <= available &&
-           !std::memcmp(slot.instruction.bytes, bytes, slot.instruction.length);
-  };
-  if (cached(first)) return &slot.instruction;
-  if (decode(bytes, first < 15 ? first : 15, cpu.state.code_bits, slot.instruction, {code, native_code_bytes}) ==
-      DecodeStatus::needs_more) {
-    slot.instruction.handler = nullptr;
-    slot.instruction.code_bits = 0;
-    const Privilege privilege = cpu.state.cpl == 3 ? Privilege::user : cpu.system_privilege;
-    Gva next = gva + first;
-    if (cpu.state.code_bits != 64) next = u32(next);
-    x86::Mmu::Translation page;
-    why_not = cpu.mmu.translate(cpu, next, Access::fetch, privilege, page);
-    if (why_not != Result::ok) return nullptr;
-    if (!page.host) {
-      why_not = fetch_fails(cpu, "instruction fetch from outside RAM");
-      return nullptr;
-    }
-    std::memcpy(bytes + first, page.host, 15 - first);
-    (void)decode(bytes, 15, cpu.state.code_bits, slot.instruction, {code, native_code_bytes});
+  const unsigned first = unsigned(std::min<u64>(page_size - (gva & ~page_mask), 15));  // on this page
+  std::memcpy(bytes, code_at, first);
+  const bool begins_alike =
+      slot.code_bits == s.code_bits && !std::memcmp(slot.bytes, bytes, std::min<unsigned>(slot.length, first));
+  if (begins_alike && slot.length <= first) return &slot;
+  if (!begins_alike && decode(bytes, first, s.code_bits, slot, native) == DecodeStatus::ok) return &slot;
+
+  // It continues on the next page, which only now may fault.
+  const Gva next = s.code_bits == 64 ? gva + first : u32(gva + first);
+  const u8* rest = code_page(cpu, next, why_not);
+  if (!rest) {
+    slot.code_bits = 0;
+    return nullptr;
   }
-  fill(slot);
-  return &slot.instruction;
+  std::memcpy(bytes + first, rest, 15 - first);
+  if (!begins_alike || std::memcmp(slot.bytes, bytes, slot.length)) (void)decode(bytes, 15, s.code_bits, slot, native);
+  return &slot;
 }
 
 /// After an instruction behind which an interrupt shadow ends or a single-step trap is due.

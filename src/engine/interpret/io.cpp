@@ -28,7 +28,7 @@ Result check_port(Context& c, u16 port, unsigned bytes) {
 
 /// IN and OUT of the immediate port, or of DX.
 u16 port_of(const Context& c, const Instruction& i) {
-  return i.condition ? u16(c.cpu.state.gpr[rdx]) : u16(i.immediate & 0xff);
+  return i.port_in_dx ? u16(c.cpu.state.gpr[rdx]) : u16(i.immediate & 0xff);
 }
 
 Result exit_to_client(Context& c, u16 port, unsigned bytes, u32 count, bool is_in) {
@@ -141,11 +141,11 @@ Handler select_io(const Decoded& d, Instruction& out_) {
   switch (d.mnemonic()) {
     case ZYDIS_MNEMONIC_IN:
       out_.operand_bytes = u8(d.bytes(0));
-      out_.condition = d.is_register(1);
+      out_.port_in_dx = d.is_register(1);
       return in;
     case ZYDIS_MNEMONIC_OUT:
       out_.operand_bytes = u8(d.bytes(1));
-      out_.condition = d.is_register(0);
+      out_.port_in_dx = d.is_register(0);
       return out;
     case ZYDIS_MNEMONIC_INSB: out_.operand_bytes = 1; return in_string;
     case ZYDIS_MNEMONIC_INSW: out_.operand_bytes = 2; return in_string;

@@ -26,7 +26,7 @@ constexpr u64 sign_extend(u64 value, unsigned bytes) {
 constexpr bool is_canonical(u64 address) { return u64(s64(address << 16) >> 16) == address; }
 
 inline u64 read_register(const Context& c, RegisterOperand reg, unsigned bytes) {
-  return c.cpu.state.gpr[reg.index] >> reg.shift & size_mask(bytes);
+  return c.cpu.state.gpr[reg.index] >> reg.shift() & size_mask(bytes);
 }
 /// 32-bit writes clear the upper half; 8- and 16-bit writes leave the rest.
 inline void write_register(Context& c, RegisterOperand reg, unsigned bytes, u64 value) {
@@ -35,7 +35,7 @@ inline void write_register(Context& c, RegisterOperand reg, unsigned bytes, u64 
     case 8: full = value; break;
     case 4: full = u32(value); break;
     case 2: std::memcpy(&full, &value, 2); break;
-    default: std::memcpy(reinterpret_cast<u8*>(&full) + (reg.shift ? 1 : 0), &value, 1); break;
+    default: std::memcpy(reinterpret_cast<u8*>(&full) + (reg.is_high_byte), &value, 1); break;
   }
 }
 
