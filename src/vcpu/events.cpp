@@ -173,7 +173,7 @@ bool Vcpu::inject_exception() {
 // --- the client's interrupts ------------------------------------------------------------------------------------
 
 bool Vcpu::wants_interrupt_window() {
-  return const_cast<volatile u8&>(run_->request_interrupt_window) && vm_->chips() == nullptr;
+  return __atomic_load_n(&run_->request_interrupt_window, __ATOMIC_RELAXED) && vm_->chips() == nullptr;
 }
 
 /// Whether there is a place for a vector of KVM_INTERRUPT.

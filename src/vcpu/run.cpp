@@ -34,7 +34,7 @@ int Vcpu::run(void (*leaving)(void*), void* arg) {
 }
 
 int Vcpu::run_locked() {
-  const bool immediate_exit = const_cast<volatile u8&>(run_->immediate_exit);
+  const bool immediate_exit = __atomic_load_n(&run_->immediate_exit, __ATOMIC_RELAXED);
   run_->flags = 0;
   if (mp_state_ == KVM_MP_STATE_UNINITIALIZED) {
     if (immediate_exit) return -EINTR;

@@ -104,7 +104,7 @@ void Vcpu::on_signal(void* vcpu) {
 
 bool Vcpu::signal_arrived() {
   if (signal_mask_ && signal_mask_->pending()) interrupted_.store(true, std::memory_order_relaxed);
-  return interrupted_.load(std::memory_order_relaxed) || const_cast<volatile u8&>(run_->immediate_exit);
+  return interrupted_.load(std::memory_order_relaxed) || __atomic_load_n(&run_->immediate_exit, __ATOMIC_RELAXED);
 }
 
 }  // namespace anykvm::vcpu

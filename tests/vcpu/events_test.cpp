@@ -292,7 +292,7 @@ TEST_F(EventsWithChips, AHaltCostsNothing) {
   });
   std::this_thread::sleep_for(std::chrono::milliseconds(300));
   kvm_mp_state state;
-  run().immediate_exit = 1;
+  set_immediate_exit();
   vcpu.wake();
   runner.join();
   EXPECT_EQ(run().exit_reason, KVM_EXIT_INTR);

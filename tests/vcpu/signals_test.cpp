@@ -82,7 +82,7 @@ TEST_F(Signals, ImmediateExitOfAnotherThreadIsNoticed) {
   auto& vcpu = endless_loop();
   std::thread kicker([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    const_cast<volatile u8&>(run().immediate_exit) = 1;
+    set_immediate_exit();
   });
   EXPECT_EQ(vcpu.run(), -EINTR);
   kicker.join();
@@ -168,7 +168,7 @@ TEST_F(SignalMasks, EndsAHalt) {
   expect_pending_and_take();
   std::thread kicker([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    const_cast<volatile u8&>(run().immediate_exit) = 1;
+    set_immediate_exit();
     vcpu.wake();
   });
   EXPECT_EQ(vcpu.run(), -EINTR) << "wake() reaches the wait too";
@@ -182,7 +182,7 @@ TEST_F(SignalMasks, ABlockedSignalDoesNotEndRun) {
   std::thread kicker([&, self = pthread_self()] {
     pthread_kill(self, SIGUSR1);
     std::this_thread::sleep_for(std::chrono::milliseconds(30));
-    const_cast<volatile u8&>(run().immediate_exit) = 1;
+    set_immediate_exit();
   });
   const u64 start = os::monotonic_ns();
   EXPECT_EQ(vcpu.run(), -EINTR);

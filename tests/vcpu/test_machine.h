@@ -121,6 +121,9 @@ class TestMachine : public testing::Test {
   kvm_run& run(unsigned index = 0) { return *runs[index]; }
   u8* pio_data(unsigned index = 0) { return reinterpret_cast<u8*>(runs[index]) + run(index).io.data_offset; }
 
+  /// As another thread of the client does it.
+  void set_immediate_exit() { __atomic_store_n(&run().immediate_exit, 1, __ATOMIC_RELAXED); }
+
   /// Until done() or five seconds have passed.
   template <class F>
   static bool eventually(F done) {

@@ -204,7 +204,7 @@ TEST_F(VmTest, SlotsChangeUnderARunningGuest) {
     ASSERT_EQ(machine->set_user_memory_region(slot(5, at, page_size, page)), 0);
   }
   stop = true;
-  const_cast<volatile u8&>(run().immediate_exit) = 1;
+  set_immediate_exit();
   runner.join();
   EXPECT_EQ(failures, 0u);
   EXPECT_GT(mmio_exits, 0u);

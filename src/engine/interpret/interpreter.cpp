@@ -182,7 +182,8 @@ void Interpreter::execute(Cpu& cpu) {
   for (;;) {
     if constexpr (!single) {
       if (cpu.attention.load(std::memory_order_relaxed) ||
-          (cpu.instructions % poll_interval == 0 && *cpu.immediate_exit)) [[unlikely]] {
+          (cpu.instructions % poll_interval == 0 && __atomic_load_n(cpu.immediate_exit, __ATOMIC_RELAXED)))
+          [[unlikely]] {
         cpu.exit.kind = ExitKind::attention;
         break;
       }

@@ -22,7 +22,8 @@ void count_down(Context& c, const Instruction& i, u64 done) {
 
 /// Between two iterations: whether to stop and let the run loop look around. RIP then stays on the instruction.
 bool must_stop(const Context& c) {
-  return c.cpu.attention.load(std::memory_order_relaxed) || c.cpu.mmio.has_writes() || *c.cpu.immediate_exit;
+  return c.cpu.attention.load(std::memory_order_relaxed) || c.cpu.mmio.has_writes() ||
+         __atomic_load_n(c.cpu.immediate_exit, __ATOMIC_RELAXED);
 }
 
 /// Runs `once` (one element, registers advanced) as the repeat prefix says.
