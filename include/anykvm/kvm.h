@@ -10,3 +10,5 @@
 #define __DECLARE_FLEX_ARRAY(TYPE, NAME) TYPE NAME[]
 
 #include <linux/kvm.h>
+
+#include "anykvm/kvm_since_6_1.h"

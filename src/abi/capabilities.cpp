@@ -32,6 +32,7 @@ constexpr auto sorted(auto rows) {
 constexpr auto table = sorted(std::to_array<Capability>({
     // memory
     {NAMED(KVM_CAP_USER_MEMORY), constant<1>},
+    {NAMED(KVM_CAP_USER_MEMORY2), constant<1>},
     {NAMED(KVM_CAP_DESTROY_MEMORY_REGION_WORKS), constant<1>},
     {NAMED(KVM_CAP_JOIN_MEMORY_REGIONS_WORKS), constant<1>},
     {NAMED(KVM_CAP_NR_MEMSLOTS), constant<vm::MemorySlots::max_slots>},

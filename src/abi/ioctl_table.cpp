@@ -56,6 +56,7 @@ constexpr auto table = sorted(std::to_array<Ioctl>({
     written(vm, NAMED(KVM_CHECK_EXTENSION), value, "u64", "KVM_CAP_CHECK_EXTENSION_VM", check_vm_extension),
     written(vm, NAMED(KVM_CREATE_VCPU), value, "u64", basic, create_vcpu),
     TYPED(by_pointer, KVM_SET_USER_MEMORY_REGION, &Vm::set_user_memory_region, "KVM_CAP_USER_MEMORY"),
+    TYPED(by_pointer, KVM_SET_USER_MEMORY_REGION2, &Vm::set_user_memory_region2, "KVM_CAP_USER_MEMORY2"),
     TYPED(by_pointer, KVM_GET_DIRTY_LOG, &Vm::get_dirty_log, basic),
     TYPED(by_value, KVM_SET_TSS_ADDR, &Vm::set_tss_addr, "KVM_CAP_SET_TSS_ADDR"),
     written<u64>(vm, NAMED(KVM_SET_IDENTITY_MAP_ADDR), in, "KVM_CAP_SET_IDENTITY_MAP_ADDR", set_identity_map_addr),

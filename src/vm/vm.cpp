@@ -39,6 +39,12 @@ int Vm::create(unsigned long type, std::shared_ptr<Vm>& out) {
 
 int Vm::set_user_memory_region(const kvm_userspace_memory_region& region) { return memory_.set_region(region); }
 
+int Vm::set_user_memory_region2(const kvm_userspace_memory_region2& region) {
+  // Without guest_memfd nothing but the flag for it tells the two apart, and that flag is refused.
+  return memory_.set_region(
+      {region.slot, region.flags, region.guest_phys_addr, region.memory_size, region.userspace_addr});
+}
+
 int Vm::get_dirty_log(const kvm_dirty_log& log) { return memory_.get_dirty_log(log); }
 
 void Vm::flush_all_tlbs() {

@@ -49,6 +49,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
 
   // --- memory ---------------------------------------------------------------------------------------------------
   int set_user_memory_region(const kvm_userspace_memory_region& region);
+  int set_user_memory_region2(const kvm_userspace_memory_region2& region);
   int get_dirty_log(const kvm_dirty_log& log);  ///< EFAULT when the bitmap cannot be written
   int set_tss_addr(u64 address);
   int set_identity_map_addr(u64 address);

@@ -358,5 +358,20 @@ TEST(VcpuIoctl, EveryStateThatIsReadCanBeSetAgain) {
   }
 }
 
+TEST(Ioctl, MemoryRegion2IsTheSameWithoutGuestMemfd) {
+  EXPECT_EQ(0x40a0ae49u, KVM_SET_USER_MEMORY_REGION2);
+  TestMachine machine;
+  void* ram = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  kvm_userspace_memory_region2 region{
+      .slot = 5, .guest_phys_addr = 1 << 20, .memory_size = 4096, .userspace_addr = reinterpret_cast<u64>(ram)};
+  EXPECT_EQ(0, machine.vm.call(KVM_SET_USER_MEMORY_REGION2, &region));
+  region.slot = 6;
+  EXPECT_EQ(-EEXIST, machine.vm.call(KVM_SET_USER_MEMORY_REGION2, &region));
+  region.guest_phys_addr += 4096;
+  region.flags = 1 << 2;  // KVM_MEM_GUEST_MEMFD
+  EXPECT_EQ(-EINVAL, machine.vm.call(KVM_SET_USER_MEMORY_REGION2, &region));
+  munmap(ram, 4096);
+}
+
 }  // namespace
 }  // namespace anykvm::abi
