@@ -54,7 +54,8 @@ class BadInput(unittest.TestCase):
         return result
 
     def boot(self, kernel=None, initrd=None, *more):
-        line = ["boot", "--engine", "interpret", "--timeout", "60", "--kernel", str(kernel or self.guest.vmlinuz)]
+        line = ["boot", "--quiet", "--engine", "interpret", "--timeout", "60"]
+        line += ["--kernel", str(kernel or self.guest.vmlinuz)]
         return line + ["--initrd", str(initrd or self.guest.initrd), *more]
 
     def test_missing_files(self):
@@ -113,7 +114,7 @@ class BadInput(unittest.TestCase):
 
     def test_time_out(self):
         for code in (SLEEP_FOREVER, SPIN_FOREVER):
-            line = ["boot", "--engine", "interpret", "--kernel", self.file("kernel", pvh_kernel(code))]
+            line = ["boot", "--quiet", "--engine", "interpret", "--kernel", self.file("kernel", pvh_kernel(code))]
             result = self.expect(TIMED_OUT, [*line, "--timeout", "1"])
             self.assertLess(result.seconds, 10)
 

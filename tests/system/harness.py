@@ -81,7 +81,7 @@ def command(tool, *, kernel, initrd, append="", cpus=1, memory="512M", disks=(),
             timeout=None):
     line = [str(tool), "boot", "--engine", engine, "--kernel", str(kernel), "--cpus", str(cpus), "--memory", memory]
     # panic=-1: a guest that panics ends at once instead of waiting for the time-out.
-    line += ["--initrd", str(initrd), "--append", f"console=ttyS0 panic=-1 {append}".strip(), "--net", net]
+    line += ["--initrd", str(initrd), "--append", f"panic=-1 {append}".strip(), "--net", net]
     for disk in disks:
         line += ["--disk", str(disk)]
     if timeout is not None:
