@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `anykvm boot` answers to bad files, bad usage and bad guests: the exit status, and one line that names the cause."""
+"""What `anykvm boot` answers to bad files, usage and guests: the exit status, and a line that names the cause."""
 
 import pathlib
 import struct
@@ -14,7 +14,7 @@ USAGE, BAD_INPUT, BROKEN_GUEST, TIMED_OUT = 64, 65, 70, 124
 
 
 def pvh_kernel(code):
-    """A whole ELF kernel around a few bytes of 32-bit code: one segment at 1 MiB, and the note that names its PVH entry."""
+    """A whole ELF kernel around a few bytes of 32-bit code: one segment at 1 MiB, and the note with its PVH entry."""
     base, headers = 0x100000, 64 + 2 * 56
     note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", base)
     code_offset = headers + len(note)
