@@ -1,11 +1,12 @@
 # One test program per room of tests/, which mirrors src/: tests/irqchip/*.cpp becomes irqchip_tests, one ctest entry per case.
-# tests/system holds scripts that drive the built command; its own CMakeLists.txt registers them.
+# tests/system holds scripts that drive the built command; its own CMakeLists.txt registers them;
+# so do tests/preload's, whose program is a client of the interposer.
 
 find_package(GTest REQUIRED)
 include(GoogleTest)
 
 file(GLOB TEST_ROOMS RELATIVE ${CMAKE_SOURCE_DIR}/tests CONFIGURE_DEPENDS tests/*)
-list(REMOVE_ITEM TEST_ROOMS system clients)
+list(REMOVE_ITEM TEST_ROOMS system clients preload)
 foreach(room ${TEST_ROOMS})
   file(GLOB_RECURSE TEST_SOURCES CONFIGURE_DEPENDS tests/${room}/*.cpp tests/${room}/*.c tests/${room}/*.S)
   if(TEST_SOURCES MATCHES "_test\\.cpp")
@@ -20,6 +21,7 @@ foreach(room ${TEST_ROOMS})
   endif()
 endforeach()
 
+add_subdirectory(tests/preload)
 if(EXISTS ${CMAKE_SOURCE_DIR}/tests/system/CMakeLists.txt)
   add_subdirectory(tests/system)
 endif()
