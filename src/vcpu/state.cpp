@@ -248,6 +248,7 @@ int Vcpu::set_debugregs(const kvm_debugregs& regs) {
   std::memcpy(s.dr, regs.db, sizeof regs.db);
   s.dr6 = regs.dr6;
   s.dr7 = regs.dr7;
+  cpu_.update_debug();
   return 0;
 }
 

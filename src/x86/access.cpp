@@ -92,18 +92,24 @@ Result write_parts(Cpu& cpu, const Operand::Part (&parts)[2], const u8* data) {
 Result Cpu::read_slow(Gva gva, void* data, unsigned size, Privilege privilege) {
   Operand::Part parts[2];
   ANYKVM_TRY(translate_parts(*this, gva, size, Access::read, privilege, parts));
+  if (debug_watch & watch_data) [[unlikely]]
+    note_data_access(gva, size, Access::read);
   return read_parts(*this, parts, static_cast<u8*>(data));
 }
 
 Result Cpu::write_slow(Gva gva, const void* data, unsigned size, Privilege privilege) {
   Operand::Part parts[2];
   ANYKVM_TRY(translate_parts(*this, gva, size, Access::write, privilege, parts));
+  if (debug_watch & watch_data) [[unlikely]]
+    note_data_access(gva, size, Access::write);
   return write_parts(*this, parts, static_cast<const u8*>(data));
 }
 
 Result Cpu::open_operand_slow(Use use, Operand& operand) {
   const Access access = use == Use::read ? Access::read : Access::write;
   ANYKVM_TRY(translate_parts(*this, operand.gva, operand.size, access, data_privilege, operand.parts));
+  if (debug_watch & watch_data) [[unlikely]]
+    note_data_access(operand.gva, operand.size, access);
   if (operand.parts[0].host && !operand.parts[1].size) {
     operand.host = operand.parts[0].host;
     return Result::ok;

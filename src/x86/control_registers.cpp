@@ -4,6 +4,7 @@
 
 #include <x86intrin.h>
 
+#include "x86/debug.h"
 #include "x86/msr.h"
 #include "x86/paging.h"
 
@@ -11,9 +12,6 @@ namespace anykvm::x86 {
 
 namespace {
 
-constexpr u64 dr6_fixed = 0xffff0ff0, dr6_writable = 0xe00f;
-constexpr u64 dr7_fixed = 0x400, dr7_writable = 0xffff2bff, dr7_gd = 1u << 13;
-constexpr u64 dr6_bd = 1u << 13;
 constexpr u64 cr3_no_flush = 1ull << 63;
 
 bool pae_paging(u64 cr0, u64 cr4, u64 efer) {
@@ -71,6 +69,7 @@ Result write_cr4(Cpu& cpu, u64 value) {
   if (changed & paging_bits && pae_paging(s.cr0, value, s.msr.efer) && !load_pdptes(cpu, s.cr3)) return cpu.gp();
   s.cr4 = value;
   if (changed & (paging_bits | cr4::pcide | cr4::smap)) cpu.mmu.flush_all();
+  if (changed & cr4::de) cpu.update_debug();
   cpu.update_mode();
   return Result::ok;
 }
@@ -82,7 +81,8 @@ Result resolve_dr(Cpu& cpu, unsigned& index) {
     if (cpu.state.cr4 & cr4::de) return cpu.ud();
     index += 2;
   }
-  if (cpu.state.dr7 & dr7_gd) {
+  if (cpu.effective_dr7() & dr7_gd) {
+    if (cpu.client_takes_debug()) return cpu.debug_exit(exception::db, dr6_bd);
     Result result = cpu.raise(exception::db);
     cpu.fault.payload = dr6_bd;
     return result;
@@ -163,6 +163,7 @@ Result Cpu::write_dr(unsigned index, u64 value) {
   } else {
     state.dr[index] = value;
   }
+  if (index != 6) update_debug();
   return Result::ok;
 }
 

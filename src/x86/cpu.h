@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "anykvm/kvm.h"
 #include "x86/cpuid.h"
 #include "x86/machine.h"
 #include "x86/mmu.h"
@@ -65,6 +66,20 @@ struct Operand {
   alignas(64) u8 buffer[64];
 };
 
+/// KVM_SET_GUEST_DEBUG, as the client gave it; see x86/debug.cpp.
+struct GuestDebug {
+  u32 control = 0;              ///< KVM_GUESTDBG_*
+  u64 dr[4] = {}, dr7 = 0x400;  ///< with KVM_GUESTDBG_USE_HW_BP: in force instead of the guest's own
+};
+
+/// What makes an engine look closer at each instruction.
+enum DebugWatch : u8 {
+  watch_code = 1,   ///< an instruction breakpoint is enabled
+  watch_data = 2,   ///< a data breakpoint is enabled: its page is kept out of the TLB
+  watch_ports = 4,  ///< an I/O breakpoint is enabled
+  watch_steps = 8,  ///< the client steps
+};
+
 /// The instructions that ask about a selector without loading it; see Cpu::probe_selector.
 enum class SelectorProbe : u8 {
   lar,   ///< value: access rights, as LAR leaves them in a 32-bit register
@@ -117,6 +132,29 @@ class Cpu {
   /// Where OUT and OUTS put their bytes before ExitKind::pio (4096 bytes; set by the vCPU, never null while running).
   u8* pio_data = nullptr;
   u64 instructions = 0;  ///< retired
+
+  // --- debugging (x86/debug.cpp) ----------------------------------------------------------------------------------
+  GuestDebug guest_debug;           ///< the client's; update_debug() after a change
+  u8 debug_watch = 0;               ///< DebugWatch bits: what state.dr7 and guest_debug arm; kept by update_debug()
+  u8 debug_hits = 0;                ///< data and I/O breakpoints that the instruction in flight has met, as in DR6
+  bool debug_exit_pending = false;  ///< ExitKind::debug is due when the exit before it has been served ...
+  u64 debug_exit_dr6 = 0;           ///< ... with these bits
+  /// Recomputes debug_watch. Call after a change of DR0-3, DR7, CR4.DE or guest_debug.
+  void update_debug();
+  /// DR7 and DR0-3 in force.
+  u64 effective_dr7() const;
+  const u64* effective_dr() const;
+  /// fault: an instruction breakpoint at RIP (RF has been looked at); exit: it is the client's.
+  Result check_code_breakpoint();
+  void note_data_access(Gva gva, unsigned size, Access access);
+  void note_port_access(u16 port, unsigned size);
+  /// What is due behind an instruction, RIP already there: DR6 bits of the guest's #DB, `step` for the client's step.
+  void debug_trap(u64 dr6_bits, bool step);
+  /// Whether the client takes every #DB, or the #BP of INT3, in the guest's place.
+  bool client_takes_debug() const;
+  bool client_takes_breakpoints() const;
+  /// Fills `exit` for ExitKind::debug.
+  Result debug_exit(u8 vector, u64 dr6_bits);
 
   // --- rights of data accesses; kept by update_mode() -----------------------------------------------------------
   Privilege data_privilege = Privilege::supervisor_ac;    ///< explicit accesses at the current CPL and AC
@@ -192,8 +230,9 @@ class Cpu {
   /// Delivers an external interrupt or NMI now; the caller has checked that it may.
   Result deliver_interrupt(u8 vector);
   Result deliver_nmi();
-  /// INT n / INT3 / INTO / INT1, RIP behind the instruction given.
+  /// INT n / INT3 / INTO, RIP behind the instruction given.
   Result software_interrupt(u8 vector, u64 next_rip);
+  Result debug_interrupt(u64 next_rip);  ///< INT1: a #DB that no gate's DPL forbids and that leaves DR6 alone
   Result iret(unsigned operand_bytes);
 
   // --- control transfer and segments (x86/segmentation.cpp) -------------------------------------------------------

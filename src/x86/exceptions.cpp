@@ -1,5 +1,6 @@
 // Which event is delivered: raising, double and triple faults, and what CR2, DR6 and the NMI mask see of it.
 // Reference: Intel SDM volume 3 chapter 6.5-6.15 (table 6-5); AMD64 manual volume 2 chapter 8.2.
+#include "x86/debug.h"
 #include "x86/delivery.h"
 #include "x86/descriptors.h"
 
@@ -25,11 +26,11 @@ Severity severity(u8 vector) {
 
 /// CR2 and DR6 show the exception from the start of its delivery.
 void record_payload(CpuState& s, const Fault& fault) {
-  constexpr u64 dr6_traps = 0xf | 1 << 13 | 1 << 14 | 1 << 15;  // B0-B3, BD, BS, BT
   if (fault.vector == exception::pf) s.cr2 = fault.payload;
   if (fault.vector == exception::db) {
-    s.dr6 = (s.dr6 & ~0xfull) | 0xffff0ff0 | (fault.payload & dr6_traps);
-    s.dr7 &= ~(1ull << 13);  // GD
+    s.dr6 = (s.dr6 & ~0xfull) | dr6_fixed | (fault.payload & dr6_writable);
+    s.dr7 &= ~dr7_gd;
+    s.msr.debugctl &= ~debugctl_btf;
   }
 }
 
@@ -57,12 +58,14 @@ Result Cpu::raise_page_fault(Gva gva, u32 error) {
 
 Result Cpu::deliver_fault() {
   for (;;) {
+    debug_hits = 0;
     const Fault first = fault;
     record_payload(state, first);
     const Delivery event = {.vector = first.vector,
                             .has_error = first.has_error,
                             .error = first.error,
-                            .resume_flag = !first.trap && first.vector != exception::db,
+                            // Not behind an instruction breakpoint: its handler says whether it is to be met again.
+                            .resume_flag = !first.trap && (first.vector != exception::db || first.payload == dr6_bd),
                             .return_rip = state.rip};
     const Result result = deliver(*this, event);
     if (result == Result::ok) return result;
@@ -106,7 +109,16 @@ Result Cpu::deliver_nmi() {
   return result == Result::fault ? deliver_fault() : result;
 }
 
+Result Cpu::debug_interrupt(u64 next_rip) {
+  if (client_takes_debug()) {
+    state.rip = next_rip;
+    return debug_exit(exception::db, 0);
+  }
+  return deliver(*this, {.vector = exception::db, .return_rip = next_rip});
+}
+
 Result Cpu::software_interrupt(u8 vector, u64 next_rip) {
+  if (vector == exception::bp && client_takes_breakpoints()) return debug_exit(exception::bp, 0);
   // INT n in virtual-8086 mode belongs to the monitor unless IOPL is 3; INT3 and INTO are not sensitive to it.
   if (state.v86() && (state.other_flags & flag::iopl) != flag::iopl && vector != exception::bp &&
       vector != exception::of) {

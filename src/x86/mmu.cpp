@@ -7,6 +7,7 @@
 #include <new>
 
 #include "x86/cpu.h"
+#include "x86/debug.h"
 #include "x86/paging.h"
 
 namespace anykvm::x86 {
@@ -54,6 +55,8 @@ Result Mmu::translate(Cpu& cpu, Gva gva, Access access, Privilege privilege, Tra
   const HostPage page = cpu.machine.page(walk.page, access == Access::write);
   if (!page.host || (access == Access::write && !page.writable)) return Result::ok;
   out.host = page.host + (gva & ~page_mask);
+  if (cpu.debug_watch & watch_data && access != Access::fetch && page_is_watched(cpu, gva)) [[unlikely]]
+    return Result::ok;
 
   const u64 linear_page = gva & page_mask, tag = linear_page | generation_;
   const u64 addend = reinterpret_cast<u64>(page.host) - linear_page;

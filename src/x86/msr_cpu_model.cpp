@@ -206,7 +206,10 @@ MsrAccess set_model_msr(Cpu& cpu, u32 index, u64 value, Initiator initiator) {
         value = (value & ~misc_enable_emon) | (msr.misc_enable & misc_enable_emon);
       }
       return store(msr.misc_enable, true);
-    case debugctl: return allow_if(!(value & ~debugctl_lbr_btf));  // there are no branch records and no branch steps
+    case debugctl:
+      if (value & ~debugctl_lbr_btf) return MsrAccess::refused;
+      msr.debugctl = value & 2;  // there are no branch records
+      return MsrAccess::done;
     case power_ctl: return store(msr.power_ctl, true);
     case k7_hwcr: value &= ~hwcr_ignored; return store(msr.hwcr, !(value & ~hwcr_kept));
     case virt_spec_ctrl: return store(msr.virt_spec_ctrl, (host || cpuid.has(Feature::virt_ssbd)) && !(value & ~4ull));

@@ -51,6 +51,9 @@ void Cpu::reset() {
   pio_reply = nullptr;
   pio_reply_bytes = 0;
   mmu.flush_all();
+  debug_hits = 0;
+  debug_exit_pending = false;
+  update_debug();
   update_mode();
 }
 
@@ -61,6 +64,9 @@ void Cpu::init() {
   pio_reply = nullptr;
   pio_reply_bytes = 0;
   mmu.flush_all();
+  debug_hits = 0;
+  debug_exit_pending = false;
+  update_debug();
   update_mode();
 }
 

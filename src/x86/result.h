@@ -55,6 +55,11 @@ struct Exit {
   // msr_read, msr_write
   u32 msr_index = 0;
   u64 msr_value = 0;
+  // debug: struct kvm_debug_exit_arch
+  u8 debug_vector = 0;  ///< 1: #DB, 3: #BP
+  bool halts = false;   ///< the instruction behind which the client is told was HLT
+  u64 debug_pc = 0;     ///< linear address of the next instruction
+  u64 dr6 = 0, dr7 = 0;
   // internal_error
   const char* reason = nullptr;  ///< static string
   u8 bytes[15] = {};

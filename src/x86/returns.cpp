@@ -6,8 +6,8 @@ namespace anykvm::x86 {
 
 namespace {
 
-/// RFLAGS bits that IRET loads at the privilege that it runs with. RF is loaded as 0: it would only hold back an
-/// instruction breakpoint at the very next instruction, and nobody clears it behind that.
+/// RFLAGS bits that IRET loads at the privilege that it runs with. RF holds for the next instruction; the engine clears
+/// it.
 u64 iret_flags(const CpuState& s, unsigned operand_bytes) {
   u64 mask = flag::arithmetic | flag::tf | flag::df | flag::nt;
   if (operand_bytes > 2) mask |= flag::rf | flag::ac | flag::id;
@@ -38,7 +38,7 @@ Result return_real(Cpu& cpu, unsigned operand_bytes) {
   s.rip = ip;
   s.segment[cs].selector = u16(selector);
   s.segment[cs].base = u64(u16(selector)) << 4;
-  cpu.write_rflags(flags & ~flag::rf, mask);
+  cpu.write_rflags(flags, mask);
   return Result::ok;
 }
 
@@ -54,7 +54,7 @@ Result return_to_v86(Cpu& cpu, Stack& stack, u64 ip, u16 code, u64 flags) {
   s.segment[cs] = v86_segment(code);
   constexpr SegmentName order[5] = {ss, es, ds, fs, gs};
   for (unsigned i = 0; i < 5; ++i) s.segment[order[i]] = v86_segment(u16(selectors[i]));
-  cpu.write_rflags(flags & ~flag::rf, mask);
+  cpu.write_rflags(flags, mask);
   cpu.update_mode();
   return Result::ok;
 }
@@ -134,7 +134,7 @@ Result Cpu::iret(unsigned operand_bytes) {
   const u64 mask = iret_flags(state, operand_bytes);
   commit_return(*this, target);
   update_mode();
-  write_rflags(flags & ~flag::rf, mask);
+  write_rflags(flags, mask);
   unmask_nmi(*this);
   return Result::ok;
 }

@@ -197,7 +197,7 @@ TEST_F(Iret, ToUser) {
   EXPECT_EQ(s.cpl, 3);
   EXPECT_EQ(s.rip, 0x400000u);
   EXPECT_EQ(s.gpr[rsp], 0x7fff0000u);
-  EXPECT_EQ(s.rflags(), flag::if_ | flag::zf | 2);
+  EXPECT_EQ(s.rflags(), flag::if_ | flag::zf | flag::rf | 2);
   EXPECT_EQ(cpu.data_privilege, Privilege::user);
   EXPECT_TRUE(s.segment[ds].unusable) << "kernel data segments do not survive";
   EXPECT_EQ(machine.windows, 1u) << "IF was set";

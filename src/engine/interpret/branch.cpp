@@ -106,22 +106,33 @@ Result return_far(Context& c, const Instruction& i) {
 }
 
 Result interrupt(Context& c, const Instruction& i) {
+  c.no_step = true;
   return moved_rip(c, c.cpu.software_interrupt(u8(i.immediate), c.next_rip));
 }
 Result breakpoint(Context& c, const Instruction&) {
+  c.no_step = true;
   return moved_rip(c, c.cpu.software_interrupt(x86::exception::bp, c.next_rip));
 }
 Result interrupt_on_overflow(Context& c, const Instruction&) {
   if (!(c.cpu.state.arithmetic & 1)) return Result::ok;
+  c.no_step = true;
   return moved_rip(c, c.cpu.software_interrupt(x86::exception::of, c.next_rip));
 }
 Result single_byte_debug(Context& c, const Instruction&) {
-  return moved_rip(c, c.cpu.software_interrupt(x86::exception::db, c.next_rip));
+  c.no_step = true;
+  return moved_rip(c, c.cpu.debug_interrupt(c.next_rip));
 }
 Result interrupt_return(Context& c, const Instruction& i) { return moved_rip(c, c.cpu.iret(i.operand_bytes)); }
 
-Result system_call(Context& c, const Instruction&) { return moved_rip(c, c.cpu.syscall(c.next_rip)); }
-Result system_return(Context& c, const Instruction& i) { return moved_rip(c, c.cpu.sysret(i.operand_bytes)); }
+/// SYSCALL and SYSRET trap by the TF that they leave, not by the one that they found.
+Result step_by_new_flag(Context& c, Result result) {
+  c.no_step = true;
+  if (result != Result::ok || !(c.cpu.state.other_flags & flag::tf)) return moved_rip(c, result);
+  c.cpu.fault = {.vector = x86::exception::db, .trap = true, .payload = 1u << 14};
+  return Result::fault;
+}
+Result system_call(Context& c, const Instruction&) { return step_by_new_flag(c, c.cpu.syscall(c.next_rip)); }
+Result system_return(Context& c, const Instruction& i) { return step_by_new_flag(c, c.cpu.sysret(i.operand_bytes)); }
 Result system_enter(Context& c, const Instruction&) { return moved_rip(c, c.cpu.sysenter(c.next_rip)); }
 Result system_exit(Context& c, const Instruction& i) { return moved_rip(c, c.cpu.sysexit(i.operand_bytes)); }
 

@@ -12,6 +12,10 @@ struct Context {
   x86::Cpu& cpu;
   u64 next_rip;              ///< behind the instruction; a branch changes it
   bool x87_touched = false;  ///< the host's x87 unit holds guest values
+  // For instructions that are looked at closely (Interpreter::execute):
+  bool one_iteration = false;  ///< REP stops behind each element
+  u64 start_rip = 0;           ///< of the instruction
+  bool no_step = false;        ///< TF does not trap behind this one: an INT, which clears it, or a SYSCALL
 };
 
 struct Instruction;

@@ -13,6 +13,7 @@
 #include "engine/engine.h"
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
+#include "x86/debug.h"
 
 namespace anykvm::engine {
 
@@ -68,7 +69,8 @@ class Interpreter final : public Engine {
   const Instruction* fetch_slowly(Cpu& cpu, Result& why_not);
   static bool is_cached(const Instruction& slot, const u8* code_at);
   static const u8* code_page(Cpu& cpu, Gva gva, Result& why_not);
-  static void complete(Cpu& cpu, u8 shadow_before, bool trap);
+  static bool begin_closely(Context& context, Result& why_not);
+  static void complete(Context& context, const Instruction& instruction, u64 flags, u8 shadow);
   static bool fault(Cpu& cpu, const Instruction* instruction);
 
   Instruction* slots_;  ///< mapped, so that an unused cache costs no memory
@@ -145,22 +147,46 @@ const Instruction* Interpreter::fetch_slowly(Cpu& cpu, Result& why_not) {
   return &slot;
 }
 
-/// After an instruction behind which an interrupt shadow ends or a single-step trap is due.
-void Interpreter::complete(Cpu& cpu, u8 shadow_before, bool trap) {
-  if (shadow_before) {
-    cpu.state.event.shadow &= u8(~shadow_before);
+/// Before an instruction that TF, RF, an interrupt shadow, a breakpoint or the client's debugging has us watch. false:
+/// it does not run.
+bool Interpreter::begin_closely(Context& context, Result& why_not) {
+  Cpu& cpu = context.cpu;
+  context.one_iteration = true;
+  context.no_step = false;
+  context.start_rip = cpu.state.rip;
+  if (cpu.state.other_flags & x86::flag::rf)
+    cpu.state.other_flags &= ~x86::flag::rf;  // IRET may set it again
+  else if (cpu.debug_watch & x86::watch_code && !(cpu.state.event.shadow & KVM_X86_SHADOW_INT_MOV_SS))
+    why_not = cpu.check_code_breakpoint();
+  return why_not == Result::ok;
+}
+
+/// Behind such an instruction. flags and shadow are those before it.
+void Interpreter::complete(Context& context, const Instruction& instruction, u64 flags, u8 shadow) {
+  Cpu& cpu = context.cpu;
+  x86::CpuState& s = cpu.state;
+  context.one_iteration = false;
+  const bool repeats = instruction.repeat != Repeat::none && s.rip == context.start_rip;
+  const bool branched = !repeats && s.rip != context.start_rip + instruction.length;
+  // Between two iterations RF keeps the instruction's own breakpoint from being met again.
+  if (repeats && (flags & x86::flag::rf || cpu.debug_watch & x86::watch_code)) s.other_flags |= x86::flag::rf;
+  if (shadow) {
+    s.event.shadow &= u8(~shadow);
     cpu.machine.interrupt_window_changed();
   }
-  if (trap && !(shadow_before & KVM_X86_SHADOW_INT_MOV_SS)) {
-    cpu.fault = {.vector = x86::exception::db, .trap = true, .payload = 1u << 14};
-    (void)cpu.deliver_fault();
-  }
+  if (s.event.shadow & KVM_X86_SHADOW_INT_MOV_SS) return;  // a step is lost, data breakpoints wait
+  u64 dr6 = cpu.debug_hits;
+  cpu.debug_hits = 0;
+  if (flags & x86::flag::tf && !context.no_step && (!(s.msr.debugctl & x86::debugctl_btf) || branched))
+    dr6 |= x86::dr6_bs;
+  cpu.debug_trap(dr6, cpu.debug_watch & x86::watch_steps);
 }
 
 /// Delivers what the instruction raised. false: the engine must return.
 bool Interpreter::fault(Cpu& cpu, const Instruction* instruction) {
   cpu.mmio.retire_instruction();
-  const Result result = cpu.deliver_fault();
+  const bool clients = cpu.fault.vector == x86::exception::db && cpu.client_takes_debug();
+  const Result result = clients ? cpu.debug_exit(x86::exception::db, cpu.fault.payload) : cpu.deliver_fault();
   if (result == Result::ok) return true;
   if (instruction && cpu.exit.kind == ExitKind::internal_error && !cpu.exit.byte_count) {
     cpu.exit.byte_count = instruction->length;
@@ -178,6 +204,11 @@ void Interpreter::execute(Cpu& cpu) {
   Context context{.cpu = cpu, .next_rip = 0};
   cpu.exit = {};
   cpu.mmio.begin_instruction();
+  if (cpu.debug_exit_pending) [[unlikely]] {  // behind an instruction whose port or device the client has served
+    cpu.debug_exit_pending = false;
+    (void)cpu.debug_exit(x86::exception::db, cpu.debug_exit_dr6);
+    return;
+  }
 
   for (;;) {
     if constexpr (!single) {
@@ -189,9 +220,12 @@ void Interpreter::execute(Cpu& cpu) {
       }
     }
     Result result = Result::ok;
-    const Instruction* instruction = fetch(cpu, result);
     const u8 shadow = cpu.state.event.shadow;
-    const bool trap = cpu.state.other_flags & x86::flag::tf;
+    const u64 flags = cpu.state.other_flags & (x86::flag::tf | x86::flag::rf);
+    const bool closely = flags | shadow | cpu.debug_watch;
+    const Instruction* instruction = nullptr;
+    if (!closely || begin_closely(context, result)) [[likely]]
+      instruction = fetch(cpu, result);
     if (instruction) [[likely]] {
       context.next_rip = cpu.state.rip + instruction->length;
       if (cpu.state.code_bits != 64) context.next_rip = u32(context.next_rip);
@@ -200,8 +234,8 @@ void Interpreter::execute(Cpu& cpu) {
     if (result == Result::ok) [[likely]] {
       cpu.state.rip = context.next_rip;
       ++cpu.instructions;
-      if (shadow | trap) [[unlikely]]
-        complete(cpu, shadow, trap);
+      if (closely) [[unlikely]]
+        complete(context, *instruction, flags, shadow);
       if (cpu.mmio.touched()) [[unlikely]] {
         cpu.mmio.retire_instruction();
         if (cpu.mmio.has_writes() && cpu.exit.kind == ExitKind::none) cpu.exit.kind = ExitKind::mmio_write;
@@ -211,6 +245,7 @@ void Interpreter::execute(Cpu& cpu) {
     } else if (result == Result::fault) {
       if (!fault(cpu, instruction)) break;
     } else {
+      cpu.state.other_flags |= flags & x86::flag::rf;  // it starts again
       if (instruction && cpu.exit.kind == ExitKind::internal_error) {
         cpu.exit.byte_count = instruction->length;
         std::memcpy(cpu.exit.bytes, instruction->bytes, instruction->length);

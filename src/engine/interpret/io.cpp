@@ -50,6 +50,7 @@ const u8* take_reply(Context& c) {
 Result in(Context& c, const Instruction& i) {
   const u16 port = port_of(c, i);
   ANYKVM_TRY(check_port(c, port, i.operand_bytes));
+  if (c.cpu.debug_watch & x86::watch_ports) c.cpu.note_port_access(port, i.operand_bytes);
   u32 value = 0;
   if (const u8* reply = take_reply(c))
     std::memcpy(&value, reply, i.operand_bytes);
@@ -61,6 +62,7 @@ Result in(Context& c, const Instruction& i) {
 Result out(Context& c, const Instruction& i) {
   const u16 port = port_of(c, i);
   ANYKVM_TRY(check_port(c, port, i.operand_bytes));
+  if (c.cpu.debug_watch & x86::watch_ports) c.cpu.note_port_access(port, i.operand_bytes);
   const u32 value = u32(c.cpu.state.gpr[rax]);
   if (c.cpu.machine.pio_out(port, &value, i.operand_bytes)) return Result::ok;
   std::memcpy(c.cpu.pio_data, &value, i.operand_bytes);
@@ -84,7 +86,7 @@ void finish_elements(Context& c, const Instruction& i, u8 pointer, u64 done) {
 
 /// How many elements one exit may carry: they go up, stay in one page of guest memory and fit the data page.
 u32 batch(const Context& c, const Instruction& i, Gva gva) {
-  if (c.cpu.state.other_flags & x86::flag::df) return 1;
+  if (c.cpu.state.other_flags & x86::flag::df || c.one_iteration) return 1;
   const u64 in_page = (page_size - (gva & ~page_mask)) / i.operand_bytes;
   return u32(std::clamp<u64>(std::min(counter(c, i), in_page), 1, page_size / i.operand_bytes));
 }
@@ -94,6 +96,7 @@ Result in_string(Context& c, const Instruction& i) {
   const unsigned bytes = i.operand_bytes;
   const u16 port = u16(c.cpu.state.gpr[rdx]);
   ANYKVM_TRY(check_port(c, port, bytes));
+  if (c.cpu.debug_watch & x86::watch_ports) c.cpu.note_port_access(port, bytes);
   // The destination is checked before the port is read: a fault must not lose data.
   Gva gva;
   x86::Mmu::Translation page;
@@ -120,6 +123,7 @@ Result out_string(Context& c, const Instruction& i) {
   const unsigned bytes = i.operand_bytes;
   const u16 port = u16(c.cpu.state.gpr[rdx]);
   ANYKVM_TRY(check_port(c, port, bytes));
+  if (c.cpu.debug_watch & x86::watch_ports) c.cpu.note_port_access(port, bytes);
   Gva gva;
   ANYKVM_TRY(linear_address(c, i.segment, c.cpu.state.gpr[rsi] & size_mask(i.address_bytes), bytes, Access::read, gva));
   u32 value = 0;

@@ -23,7 +23,7 @@ void count_down(Context& c, const Instruction& i, u64 done) {
 /// Between two iterations: whether to stop and let the run loop look around. RIP then stays on the instruction.
 bool must_stop(const Context& c) {
   return c.cpu.attention.load(std::memory_order_relaxed) || c.cpu.mmio.has_writes() ||
-         __atomic_load_n(c.cpu.immediate_exit, __ATOMIC_RELAXED);
+         __atomic_load_n(c.cpu.immediate_exit, __ATOMIC_RELAXED) || c.one_iteration;
 }
 
 /// Runs `once` (one element, registers advanced) as the repeat prefix says.
@@ -67,7 +67,7 @@ Result move_string(Context& c, const Instruction& i) {
     Gva from, to;
     ANYKVM_TRY(source_address(c, i, bytes, from));
     ANYKVM_TRY(destination_address(c, i, bytes, Access::write, to));
-    if (i.repeat != Repeat::none && !backwards(c) && c.cpu.state.code_bits == 64) {
+    if (i.repeat != Repeat::none && !backwards(c) && c.cpu.state.code_bits == 64 && !c.one_iteration) {
       const u64 count = std::min({stretch(c, i, c.cpu.state.gpr[rsi]), stretch(c, i, c.cpu.state.gpr[rdi]),
                                   elements_in_page(from, bytes), elements_in_page(to, bytes)});
       const unsigned length = unsigned(count * bytes);
@@ -103,7 +103,7 @@ Result store_string(Context& c, const Instruction& i) {
     Gva to;
     ANYKVM_TRY(destination_address(c, i, bytes, Access::write, to));
     const u64 value = c.cpu.state.gpr[rax];
-    if (i.repeat != Repeat::none && !backwards(c) && c.cpu.state.code_bits == 64) {
+    if (i.repeat != Repeat::none && !backwards(c) && c.cpu.state.code_bits == 64 && !c.one_iteration) {
       const u64 count = std::min(stretch(c, i, c.cpu.state.gpr[rdi]), elements_in_page(to, bytes));
       const unsigned length = unsigned(count * bytes);
       u8* destination = count > 1 ? c.cpu.mmu.lookup(to, length, Access::write, c.cpu.data_privilege) : nullptr;
