@@ -25,7 +25,7 @@ long dispatch(const OpenFile& file, int fd, u32 number, u64 arg) {
   if (is_generic(number)) return syscall(SYS_ioctl, fd, number, arg) < 0 ? -errno : 0;
   if (file.kind != FdKind::system && file.process != os::process_identity()) return -EIO;
   const Ioctl* row = find_ioctl(file.kind, number);
-  if (!row) return unknown_ioctl_error(file.kind);
+  if (!row) return unknown_ioctl_error(file.kind, number);
   try {
     return row->handler({file.vm, file.vcpu, file.keeps, arg});
   } catch (const std::bad_alloc&) {

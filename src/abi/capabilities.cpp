@@ -10,6 +10,7 @@
 #include "anykvm/kvm.h"
 #include "vm/vm.h"
 #include "x86/cpuid.h"
+#include "x86/msr.h"
 #include "x86/xsave.h"
 
 namespace anykvm::abi {
@@ -32,12 +33,15 @@ constexpr auto sorted(auto rows) {
 constexpr auto table = sorted(std::to_array<Capability>({
     // memory
     {NAMED(KVM_CAP_USER_MEMORY), constant<1>},
-    {NAMED(KVM_CAP_USER_MEMORY2), constant<1>},
     {NAMED(KVM_CAP_DESTROY_MEMORY_REGION_WORKS), constant<1>},
     {NAMED(KVM_CAP_JOIN_MEMORY_REGIONS_WORKS), constant<1>},
     {NAMED(KVM_CAP_NR_MEMSLOTS), constant<vm::MemorySlots::max_slots>},
     {NAMED(KVM_CAP_READONLY_MEM), constant<1>},
     {NAMED(KVM_CAP_SYNC_MMU), constant<1>},
+    {NAMED(KVM_CAP_USER_MEMORY2), constant<1>},
+    {NAMED(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2),
+     constant<KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET>},
+    {NAMED(KVM_CAP_MMU_SHADOW_CACHE_CONTROL), constant<1>},
     {NAMED(KVM_CAP_SET_TSS_ADDR), constant<1>},
     {NAMED(KVM_CAP_SET_IDENTITY_MAP_ADDR), constant<1>},
     // vCPUs
@@ -46,6 +50,9 @@ constexpr auto table = sorted(std::to_array<Capability>({
     {NAMED(KVM_CAP_MAX_VCPU_ID), constant<vm::Vm::max_vcpu_ids>},
     {NAMED(KVM_CAP_SET_BOOT_CPU_ID), constant<1>},
     {NAMED(KVM_CAP_HLT), constant<1>},
+    {NAMED(KVM_CAP_HALT_POLL), constant<1>},
+    {NAMED(KVM_CAP_MCE), constant<x86::mc_banks>},
+    {NAMED(KVM_CAP_VAPIC), constant<1>},
     {NAMED(KVM_CAP_NOP_IO_DELAY), constant<1>},
     {NAMED(KVM_CAP_IMMEDIATE_EXIT), constant<1>},
     {NAMED(KVM_CAP_INTERNAL_ERROR_DATA), constant<1>},
@@ -71,6 +78,8 @@ constexpr auto table = sorted(std::to_array<Capability>({
     {NAMED(KVM_CAP_IOEVENTFD), constant<1>},
     {NAMED(KVM_CAP_IOEVENTFD_NO_LENGTH), constant<1>},
     {NAMED(KVM_CAP_IOEVENTFD_ANY_LENGTH), constant<1>},
+    {NAMED(KVM_CAP_IOAPIC_POLARITY_IGNORED), constant<1>},
+    {NAMED(KVM_CAP_PIT), constant<1>},
     {NAMED(KVM_CAP_PIT2), constant<1>},
     {NAMED(KVM_CAP_PIT_STATE2), constant<1>},
     {NAMED(KVM_CAP_REINJECT_CONTROL), constant<1>},
@@ -87,6 +96,10 @@ constexpr auto table = sorted(std::to_array<Capability>({
     {NAMED(KVM_CAP_EXIT_HYPERCALL), constant<1 << KVM_HC_MAP_GPA_RANGE>},
     // the API itself
     {NAMED(KVM_CAP_SYNC_REGS), constant<KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS>},
+    {NAMED(KVM_CAP_VM_TYPES), constant<1>},  // KVM_X86_DEFAULT_VM
+    {NAMED(KVM_CAP_DEVICE_CTRL), constant<1>},
+    {NAMED(KVM_CAP_SYS_ATTRIBUTES), constant<1>},
+    {NAMED(KVM_CAP_VCPU_ATTRIBUTES), constant<1>},
     {NAMED(KVM_CAP_CHECK_EXTENSION_VM), constant<1>},
     {NAMED(KVM_CAP_ENABLE_CAP), constant<1>},
     {NAMED(KVM_CAP_ENABLE_CAP_VM), constant<1>},

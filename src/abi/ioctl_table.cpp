@@ -52,11 +52,17 @@ constexpr auto table = sorted(std::to_array<Ioctl>({
     written<kvm_msrs>(system, NAMED(KVM_GET_MSRS), in_out, "KVM_CAP_GET_MSR_FEATURES", get_feature_msrs),
     written<kvm_cpuid2>(system, NAMED(KVM_GET_SUPPORTED_CPUID), in_out, "KVM_CAP_EXT_CPUID", get_supported_cpuid),
     written<kvm_cpuid2>(system, NAMED(KVM_GET_EMULATED_CPUID), in_out, "KVM_CAP_EXT_EMUL_CPUID", get_emulated_cpuid),
+    written<u64>(system, NAMED(KVM_X86_GET_MCE_CAP_SUPPORTED), out, "KVM_CAP_MCE", get_mce_cap_supported),
+    written<kvm_device_attr>(system, NAMED(KVM_HAS_DEVICE_ATTR), in, "KVM_CAP_SYS_ATTRIBUTES", has_system_attr),
+    written<kvm_device_attr>(system, NAMED(KVM_GET_DEVICE_ATTR), in, "KVM_CAP_SYS_ATTRIBUTES", get_system_attr),
 
     written(vm, NAMED(KVM_CHECK_EXTENSION), value, "u64", "KVM_CAP_CHECK_EXTENSION_VM", check_vm_extension),
     written(vm, NAMED(KVM_CREATE_VCPU), value, "u64", basic, create_vcpu),
     TYPED(by_pointer, KVM_SET_USER_MEMORY_REGION, &Vm::set_user_memory_region, "KVM_CAP_USER_MEMORY"),
     TYPED(by_pointer, KVM_SET_USER_MEMORY_REGION2, &Vm::set_user_memory_region2, "KVM_CAP_USER_MEMORY2"),
+    TYPED(by_pointer, KVM_CLEAR_DIRTY_LOG, &Vm::clear_dirty_log, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"),
+    TYPED(by_value, KVM_SET_NR_MMU_PAGES, &Vm::set_nr_mmu_pages, "KVM_CAP_MMU_SHADOW_CACHE_CONTROL"),
+    TYPED(by_pointer, KVM_CREATE_DEVICE, &Vm::create_device, "KVM_CAP_DEVICE_CTRL"),
     TYPED(by_pointer, KVM_GET_DIRTY_LOG, &Vm::get_dirty_log, basic),
     TYPED(by_value, KVM_SET_TSS_ADDR, &Vm::set_tss_addr, "KVM_CAP_SET_TSS_ADDR"),
     written<u64>(vm, NAMED(KVM_SET_IDENTITY_MAP_ADDR), in, "KVM_CAP_SET_IDENTITY_MAP_ADDR", set_identity_map_addr),
@@ -66,6 +72,9 @@ constexpr auto table = sorted(std::to_array<Ioctl>({
     TYPED(by_pointer, KVM_SET_IRQCHIP, &Vm::set_irqchip, "KVM_CAP_IRQCHIP"),
     TYPED(by_pointer, KVM_IRQ_LINE, &Vm::irq_line, "KVM_CAP_IRQCHIP"),
     TYPED(by_pointer, KVM_IRQ_LINE_STATUS, &Vm::irq_line_status, "KVM_CAP_IRQ_INJECT_STATUS"),
+    TYPED(plain, KVM_CREATE_PIT, &Vm::create_pit, "KVM_CAP_PIT"),
+    TYPED(by_pointer, KVM_GET_PIT, &Vm::get_pit, "KVM_CAP_PIT"),
+    TYPED(by_pointer, KVM_SET_PIT, &Vm::set_pit, "KVM_CAP_PIT"),
     TYPED(by_pointer, KVM_CREATE_PIT2, &Vm::create_pit2, "KVM_CAP_PIT2"),
     TYPED(by_pointer, KVM_GET_PIT2, &Vm::get_pit2, "KVM_CAP_PIT_STATE2"),
     TYPED(by_pointer, KVM_SET_PIT2, &Vm::set_pit2, "KVM_CAP_PIT_STATE2"),
@@ -104,6 +113,7 @@ constexpr auto table = sorted(std::to_array<Ioctl>({
     TYPED(by_pointer, KVM_SET_VCPU_EVENTS, &Vcpu::set_vcpu_events, "KVM_CAP_VCPU_EVENTS"),
     TYPED(by_pointer, KVM_GET_DEBUGREGS, &Vcpu::get_debugregs, "KVM_CAP_DEBUGREGS"),
     TYPED(by_pointer, KVM_SET_DEBUGREGS, &Vcpu::set_debugregs, "KVM_CAP_DEBUGREGS"),
+    written<kvm_cpuid>(vcpu, NAMED(KVM_SET_CPUID), in, basic, set_cpuid),
     written<kvm_cpuid2>(vcpu, NAMED(KVM_SET_CPUID2), in, "KVM_CAP_EXT_CPUID", set_cpuid2),
     written<kvm_cpuid2>(vcpu, NAMED(KVM_GET_CPUID2), in_out, "KVM_CAP_EXT_CPUID", get_cpuid2),
     TYPED(by_pointer, KVM_TRANSLATE, &Vcpu::translate, basic),
@@ -112,6 +122,13 @@ constexpr auto table = sorted(std::to_array<Ioctl>({
     written<kvm_signal_mask>(vcpu, NAMED(KVM_SET_SIGNAL_MASK), in, basic, set_signal_mask),
     TYPED(plain, KVM_GET_TSC_KHZ, &Vcpu::get_tsc_khz, "KVM_CAP_GET_TSC_KHZ"),
     TYPED(by_value, KVM_SET_TSC_KHZ, &Vcpu::set_tsc_khz, "KVM_CAP_TSC_CONTROL"),
+    written<kvm_device_attr>(vcpu, NAMED(KVM_HAS_DEVICE_ATTR), in, "KVM_CAP_VCPU_ATTRIBUTES", has_vcpu_attr),
+    written<kvm_device_attr>(vcpu, NAMED(KVM_GET_DEVICE_ATTR), in, "KVM_CAP_VCPU_ATTRIBUTES", get_vcpu_attr),
+    written<kvm_device_attr>(vcpu, NAMED(KVM_SET_DEVICE_ATTR), in, "KVM_CAP_VCPU_ATTRIBUTES", set_vcpu_attr),
+    TYPED(by_pointer, KVM_X86_SETUP_MCE, &Vcpu::x86_setup_mce, "KVM_CAP_MCE"),
+    TYPED(by_pointer, KVM_X86_SET_MCE, &Vcpu::x86_set_mce, "KVM_CAP_MCE"),
+    written<kvm_vapic_addr>(vcpu, NAMED(KVM_SET_VAPIC_ADDR), in, "KVM_CAP_VAPIC", set_vapic_addr),
+    TYPED(by_pointer, KVM_TPR_ACCESS_REPORTING, &Vcpu::tpr_access_reporting, "KVM_CAP_VAPIC"),
     TYPED(plain, KVM_KVMCLOCK_CTRL, &Vcpu::kvmclock_ctrl, "KVM_CAP_KVMCLOCK_CTRL"),
     TYPED(by_pointer, KVM_ENABLE_CAP, &Vcpu::enable_cap, "KVM_CAP_ENABLE_CAP"),
 }));
@@ -145,7 +162,11 @@ const Ioctl* find_ioctl(FdKind fd, u32 number) {
   return found != candidates.end() && found->number == number ? &*found : nullptr;
 }
 
-int unknown_ioctl_error(FdKind fd) { return fd == FdKind::vm ? -ENOTTY : -EINVAL; }
+int unknown_ioctl_error(FdKind fd, u32 number) {
+  // A kernel without system management mode knows the number all the same.
+  const bool is_smi = fd == FdKind::vcpu && number == KVM_SMI;
+  return fd == FdKind::vm || is_smi ? -ENOTTY : -EINVAL;
+}
 
 std::string_view to_string(FdKind fd) {
   switch (fd) {

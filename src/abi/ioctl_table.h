@@ -46,7 +46,7 @@ std::span<const Ioctl> ioctls();
 const Ioctl* find_ioctl(FdKind fd, u32 number);
 
 /// What the kernel answers to a number that a descriptor of this kind does not have: a negative errno.
-int unknown_ioctl_error(FdKind fd);
+int unknown_ioctl_error(FdKind fd, u32 number);
 
 std::string_view to_string(FdKind fd);
 std::string_view to_string(Argument argument);

@@ -104,4 +104,33 @@ long get_feature_msrs(const Call& call) {
   });
 }
 
+long get_mce_cap_supported(const Call& call) { return os::put_user(call.arg, x86::mce_cap_supported) ? 0 : -EFAULT; }
+
+// --- KVM_X86_GRP_SYSTEM's attributes of KVM_HAS_DEVICE_ATTR, KVM_GET_DEVICE_ATTR
+// ---------------------------------------
+
+namespace {
+
+int system_attr(const Call& call, kvm_device_attr& attr, u64& value) {
+  if (!os::get_user(attr, call.arg)) return -EFAULT;
+  if (attr.group != 0 || attr.attr != KVM_X86_XCOMP_GUEST_SUPP) return -ENXIO;
+  value = x86::supported_xcr0();
+  return 0;
+}
+
+}  // namespace
+
+long has_system_attr(const Call& call) {
+  kvm_device_attr attr;
+  u64 value;
+  return system_attr(call, attr, value);
+}
+
+long get_system_attr(const Call& call) {
+  kvm_device_attr attr;
+  u64 value;
+  if (const int error = system_attr(call, attr, value)) return error;
+  return os::put_user(attr.addr, value) ? 0 : -EFAULT;
+}
+
 }  // namespace anykvm::abi

@@ -17,6 +17,9 @@ long get_msr_feature_index_list(const Call& call);
 long get_supported_cpuid(const Call& call);
 long get_emulated_cpuid(const Call& call);
 long get_feature_msrs(const Call& call);
+long get_mce_cap_supported(const Call& call);
+long has_system_attr(const Call& call);
+long get_system_attr(const Call& call);
 
 // --- VM (vm_calls.cpp)
 // ------------------------------------------------------------------------------------------------
@@ -28,14 +31,19 @@ long set_gsi_routing(const Call& call);
 // --- vCPU (vcpu_calls.cpp)
 // --------------------------------------------------------------------------------------------
 long run(const Call& call);
+long set_cpuid(const Call& call);
 long set_cpuid2(const Call& call);
 long get_cpuid2(const Call& call);
 long get_msrs(const Call& call);
 long set_msrs(const Call& call);
 long set_lapic(const Call& call);
+long set_vapic_addr(const Call& call);
 long set_signal_mask(const Call& call);
 long get_xsave(const Call& call);
 long set_xsave(const Call& call);
 long get_xsave2(const Call& call);
+long has_vcpu_attr(const Call& call);
+long get_vcpu_attr(const Call& call);
+long set_vcpu_attr(const Call& call);
 
 }  // namespace anykvm::abi

@@ -15,6 +15,20 @@ namespace anykvm::abi {
 
 long run(const Call& call) { return call.arg ? -EINVAL : call.vcpu->run(); }
 
+/// The form of 2006, without subleaves.
+long set_cpuid(const Call& call) {
+  kvm_cpuid header;
+  if (!os::get_user(header, call.arg)) return -EFAULT;
+  if (header.nent > max_cpuid_entries) return -E2BIG;
+  std::vector<kvm_cpuid_entry> entries(header.nent);
+  const auto user_entries = reinterpret_cast<void*>(call.arg + offsetof(kvm_cpuid, entries));
+  if (!os::copy_from_user(entries.data(), user_entries, entries.size() * sizeof entries[0])) return -EFAULT;
+  std::vector<kvm_cpuid_entry2> entries2;
+  for (const kvm_cpuid_entry& e : entries)
+    entries2.push_back({.function = e.function, .eax = e.eax, .ebx = e.ebx, .ecx = e.ecx, .edx = e.edx});
+  return call.vcpu->set_cpuid2(entries2);
+}
+
 long set_cpuid2(const Call& call) {
   kvm_cpuid2 header;
   if (!os::get_user(header, call.arg)) return -EFAULT;
@@ -54,6 +68,12 @@ long set_lapic(const Call& call) {
   return call.vcpu->vm().chips() ? -EFAULT : -EINVAL;  // what is wrong anyway comes first
 }
 
+long set_vapic_addr(const Call& call) {
+  if (!call.vm->has_local_apics()) return -EINVAL;
+  kvm_vapic_addr address;
+  return os::get_user(address, call.arg) ? call.vcpu->set_vapic_addr(address.vapic_addr) : -EFAULT;
+}
+
 long set_signal_mask(const Call& call) {
   if (!call.arg) return call.vcpu->set_signal_mask(nullptr);
   kvm_signal_mask header;
@@ -84,6 +104,38 @@ long set_xsave(const Call& call) {
   std::vector<u8> area(xsave2_size());
   if (!os::copy_from_user(area.data(), reinterpret_cast<void*>(call.arg), area.size())) return -EFAULT;
   return call.vcpu->set_xsave(std::span<const u8>(area));
+}
+
+// --- KVM_VCPU_TSC_CTRL's attribute of KVM_HAS/GET/SET_DEVICE_ATTR
+// -----------------------------------------------------------
+
+namespace {
+
+int vcpu_attr(const Call& call, kvm_device_attr& attr) {
+  if (!os::get_user(attr, call.arg)) return -EFAULT;
+  return attr.group == KVM_VCPU_TSC_CTRL && attr.attr == KVM_VCPU_TSC_OFFSET ? 0 : -ENXIO;
+}
+
+}  // namespace
+
+long has_vcpu_attr(const Call& call) {
+  kvm_device_attr attr;
+  return vcpu_attr(call, attr);
+}
+
+long get_vcpu_attr(const Call& call) {
+  kvm_device_attr attr;
+  if (const int error = vcpu_attr(call, attr)) return error;
+  return os::put_user(attr.addr, call.vcpu->tsc_offset()) ? 0 : -EFAULT;
+}
+
+long set_vcpu_attr(const Call& call) {
+  kvm_device_attr attr;
+  if (const int error = vcpu_attr(call, attr)) return error;
+  u64 offset;
+  if (!os::get_user(offset, attr.addr)) return -EFAULT;
+  call.vcpu->set_tsc_offset(offset);
+  return 0;
 }
 
 }  // namespace anykvm::abi

@@ -3,6 +3,7 @@
 // Reference: SDM volume 3, 11.4 "Local APIC", 11.8 "Handling Interrupts".
 #include "irqchip/lapic.h"
 
+#include <algorithm>
 #include <bit>
 #include <cerrno>
 
@@ -222,15 +223,23 @@ bool LocalApic::takes_pic_output() const {
   return !hardware_enabled() || (get(Register::lvt_lint0) & (lvt_masked | 0x700)) == lint0_ext_int;
 }
 
-void LocalApic::set_tpr(u64 cr8) {
+void LocalApic::set_tpr(u64 cr8) { set_tpr_register(static_cast<u8>((cr8 & 15) << 4)); }
+
+void LocalApic::set_tpr_register(u8 tpr) {
   if (pv_eoi_offered_) sync_pv_eoi();
-  set(Register::tpr, static_cast<u32>(cr8 & 15) << 4);
+  set(Register::tpr, tpr);
   update_ppr();
   wake_if_deliverable();
 }
 
 void LocalApic::wake_if_deliverable() {
   if (deliverable() >= 0) client_.wake();
+}
+
+u32 LocalApic::vapic_word() const {
+  const u32 isr = static_cast<u32>(std::max(highest(Register::isr), 0));
+  const u32 irr = static_cast<u32>(std::max(highest(Register::irr), 0));
+  return (get(Register::tpr) & 0xff) | (isr & 0xf0) << 8 | irr << 24;
 }
 
 void LocalApic::end_of_interrupt() {

@@ -111,6 +111,12 @@ class LocalApic {
   u64 tpr() const { return get(Register::tpr) >> 4 & 15; }  ///< CR8
   void set_tpr(u64 cr8);                                    ///< cr8 <= 15; wakes the vCPU when something gets through
 
+  /// The word that KVM_SET_VAPIC_ADDR's page holds: TPR, the class of the highest ISR vector << 8, the highest IRR
+  /// vector
+  /// << 24; and the TPR (all 8 bits) back from it.
+  u32 vapic_word() const;
+  void set_tpr_register(u8 tpr);
+
   /// An interrupt addressed to this APIC, whatever its destination says; whether it was taken. Any thread.
   bool accept(const InterruptMessage& message);
 

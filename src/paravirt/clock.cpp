@@ -117,9 +117,20 @@ u64 VmClock::synchronize_tsc(VcpuTsc& vcpu, u64 value, u64 scaled_host_tsc, u32 
     same = value < expected + hz && value + hz > expected;
   }
   if (by_client) set_by_client_ = true;
-  u64 offset = value - scaled_host_tsc;
-  if (same && guest_khz == last_khz_) {
-    offset = offset_;
+  same = same && guest_khz == last_khz_;
+  const u64 offset = same ? offset_ : value - scaled_host_tsc;
+  join(vcpu, same, offset, value, guest_khz, now);
+  return offset;
+}
+
+void VmClock::adopt_tsc_offset(VcpuTsc& vcpu, u64 offset, u64 value, u32 guest_khz) {
+  const std::lock_guard lock(mutex_);
+  set_by_client_ = true;
+  join(vcpu, guest_khz == last_khz_ && offset == offset_, offset, value, guest_khz, os::monotonic_ns());
+}
+
+void VmClock::join(VcpuTsc& vcpu, bool same, u64 offset, u64 value, u32 guest_khz, u64 now) {
+  if (same) {
     if (vcpu.generation != tsc_generation_) ++matched_;
   } else {
     // A new generation; the others are out of step until they are written too.
@@ -132,7 +143,6 @@ u64 VmClock::synchronize_tsc(VcpuTsc& vcpu, u64 value, u64 scaled_host_tsc, u32 
   last_value_ = value;
   last_ns_ = now;
   update_synchronized();
-  return offset;
 }
 
 void VmClock::update_synchronized() {

@@ -63,6 +63,8 @@ class VmClock {
   /// client. Values within a second of what the TSCs of the vCPUs before would now show mean "the same as theirs", as
   /// they cannot all be written at one instant. `scaled_host_tsc`: the host's TSC at the vCPU's rate.
   u64 synchronize_tsc(VcpuTsc& vcpu, u64 value, u64 scaled_host_tsc, u32 guest_khz, bool by_client);
+  /// The client has set the offset itself (KVM_VCPU_TSC_OFFSET): that of the vCPUs before, or a new one.
+  void adopt_tsc_offset(VcpuTsc& vcpu, u64 offset, u64 value, u32 guest_khz);
 
   /// The GPA last written to the wall clock MSR; VM-wide like the clock.
   std::atomic<u64> wall_clock_msr{0};
@@ -71,6 +73,8 @@ class VmClock {
   /// The TSC when that is invariant, else CLOCK_MONOTONIC_RAW in ns.
   u64 count() const;
   u64 ns_of(u64 counts) const { return invariant_ ? scale_.ns(counts) : counts; }
+  /// With mutex_ held: the vCPU's TSC is in step with the others', or they have to follow.
+  void join(VcpuTsc& vcpu, bool same, u64 offset, u64 value, u32 guest_khz, u64 now);
   void update_synchronized();
 
   const bool invariant_;

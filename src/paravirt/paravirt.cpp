@@ -256,6 +256,12 @@ void Paravirt::set_tsc(u64 value, bool by_client) {
   tsc_changed();
 }
 
+void Paravirt::set_tsc_offset(u64 offset) {
+  cpu_.state.tsc_offset = offset;
+  clock_.adopt_tsc_offset(tsc_, offset, cpu_.tsc(), tsc_khz_);
+  tsc_changed();
+}
+
 u64 Paravirt::monotonic_ns_of_tsc(u64 guest_tsc) const {
   const u64 tsc_now = cpu_.tsc(), now = os::monotonic_ns();
   if (guest_tsc <= tsc_now) return now;

@@ -54,6 +54,8 @@ class Paravirt final : private irqchip::PvEoi {
   /// KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ (0: the host's). EINVAL: no such rate.
   u32 tsc_khz() const { return tsc_khz_; }
   int set_tsc_khz(u32 khz);
+  /// KVM_VCPU_TSC_OFFSET.
+  void set_tsc_offset(u64 offset);
   /// KVM_KVMCLOCK_CTRL: the guest learns that it was stopped. EINVAL: kvmclock is off.
   int kvmclock_ctrl();
   /// The instant of CLOCK_MONOTONIC at which the guest's TSC reaches a value (now, when it has).

@@ -80,6 +80,56 @@ int Vcpu::set_msrs(std::span<const kvm_msr_entry> entries) {
   return done;
 }
 
+// --- machine check ------------------------------------------------------------------------------------------------
+
+int Vcpu::x86_setup_mce(const u64& capabilities) {
+  std::lock_guard lock(mutex_);
+  return x86::setup_mce(cpu_, capabilities);
+}
+
+/// Records an error in its bank, and raises #MC for an uncorrected one. SDM volume 3, 16.3.2 and 16.6.
+int Vcpu::x86_set_mce(const kvm_x86_mce& error) {
+  constexpr u64 valid = 1ull << 63, overflow = 1ull << 62, uncorrected = 1ull << 61, context_corrupt = 1ull << 57,
+                signaled = 1ull << 56, action_required = 1ull << 55;
+  constexpr u64 cap_ctl = 1 << 8, in_progress = 1 << 2;
+  std::lock_guard lock(mutex_);
+  x86::MsrState& msr = cpu_.state.msr;
+  if (error.bank >= (msr.mcg_cap & 0xff) || !(error.status & valid)) return -EINVAL;
+  u64* const bank = msr.mc_bank + 4 * error.bank;
+  u64 &control = bank[0], &status = bank[1];
+  const auto record = [&](u64 new_status) {
+    status = new_status;
+    bank[2] = error.addr;
+    bank[3] = error.misc;
+  };
+  if (error.status & uncorrected && error.mcg_status == 0 &&
+      !(error.status & (context_corrupt | signaled | action_required))) {
+    // No action required: only recorded. The CMCI that would announce it is not offered by MCG_CAP.
+    record(error.status);
+    msr.mcg_status = 0;
+    return 0;
+  }
+  const u64 lost = status & valid ? overflow : 0;
+  if (error.status & uncorrected) {
+    if ((msr.mcg_cap & cap_ctl && msr.mcg_ctl != ~0ull) || control != ~0ull) return 0;  // the guest has turned it off
+    if (msr.mcg_status & in_progress || !(cpu_.state.cr4 & x86::cr4::mce)) {
+      cpu_.state.event.triple_fault_pending = true;
+      return 0;
+    }
+    record(error.status | lost);
+    msr.mcg_status = error.mcg_status;
+    x86::EventState& event = cpu_.state.event;
+    event.exception_pending = true;
+    event.exception_injected = event.exception_has_error = event.exception_has_payload = false;
+    event.exception_vector = x86::exception::mc;
+  } else if (!(status & uncorrected) || !lost) {
+    record(error.status | lost);
+  } else {
+    status |= overflow;
+  }
+  return 0;
+}
+
 // --- CPUID --------------------------------------------------------------------------------------------------------
 
 int Vcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
@@ -152,10 +202,34 @@ int Vcpu::set_tsc_khz(u32 khz) {
   return 0;
 }
 
+u64 Vcpu::tsc_offset() {
+  std::lock_guard lock(mutex_);
+  return cpu_.state.tsc_offset;
+}
+
+void Vcpu::set_tsc_offset(u64 offset) {
+  std::lock_guard lock(mutex_);
+  paravirt_.set_tsc_offset(offset);
+  tsc_moved();
+}
+
 int Vcpu::kvmclock_ctrl() {
   std::lock_guard lock(mutex_);
   return paravirt_.kvmclock_ctrl();
 }
+
+int Vcpu::set_vapic_addr(u64 address) {
+  std::lock_guard lock(mutex_);
+  if (!apic_) return -EINVAL;
+  // One page, and RAM.
+  if (address != 0 && ((address & ~page_mask) > page_size - sizeof(u32) || !vm_->memory().has_page(address)))
+    return -EINVAL;
+  vapic_ = address;
+  return 0;
+}
+
+/// As on a CPU that virtualises the TPR: the guest reaches it without an exit, so that there is none to report.
+int Vcpu::tpr_access_reporting(kvm_tpr_access_ctl& control) { return control.flags ? -EINVAL : 0; }
 
 int Vcpu::enable_cap(const kvm_enable_cap& cap) {
   std::lock_guard lock(mutex_);

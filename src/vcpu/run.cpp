@@ -128,11 +128,30 @@ int Vcpu::enter_guest() {
 void Vcpu::enter_guarded() {
   paravirt_.on_enter();
   if (!inject_events()) return;  // the delivery itself needs the client, or ended in a triple fault
+  if (vapic_) [[unlikely]]
+    sync_vapic(true);
   if (window_wanted_ && cpu_.state.event.shadow)
     // The shadow lasts one instruction, and what it holds back comes right after.
     engine_->step(cpu_);
   else
     engine_->run(cpu_);
+  if (vapic_) [[unlikely]]
+    sync_vapic(false);
+}
+
+/// A guest that its client has patched keeps the TPR in a word of memory instead.
+void Vcpu::sync_vapic(bool entering) {
+  const x86::HostPage where = page(vapic_, entering);
+  if (!where.host || (entering && !where.writable)) return;
+  u8* const host = where.host + (vapic_ & ~page_mask);
+  u32 word;
+  if (entering) {
+    word = apic_->vapic_word();
+    std::memcpy(host, &word, sizeof word);
+  } else {
+    std::memcpy(&word, host, sizeof word);
+    if (word != apic_->vapic_word()) apic_->set_tpr_register(static_cast<u8>(word));
+  }
 }
 
 int Vcpu::exit_to_client(u32 reason) {

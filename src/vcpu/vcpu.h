@@ -83,6 +83,12 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int get_tsc_khz();
   int set_tsc_khz(u32 khz);
   int kvmclock_ctrl();
+  u64 tsc_offset();  ///< KVM_VCPU_TSC_OFFSET of KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR
+  void set_tsc_offset(u64 offset);
+  int x86_setup_mce(const u64& capabilities);
+  int x86_set_mce(const kvm_x86_mce& error);
+  int set_vapic_addr(u64 address);  ///< 0: none
+  int tpr_access_reporting(kvm_tpr_access_ctl& control);
   int enable_cap(const kvm_enable_cap& cap);
 
   // --- any thread -------------------------------------------------------------------------------------------------
@@ -128,6 +134,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int finish_instruction();
   int enter_guest();
   void enter_guarded();
+  void sync_vapic(bool entering);
   int handle_exit();
   int exit_to_client(u32 reason);
   int next_mmio_write();
@@ -215,6 +222,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   u64 apic_base_ = 0;       ///< without a local APIC
   u64 cr8_ = 0;             ///< without a local APIC
   int client_vector_ = -1;  ///< of KVM_INTERRUPT, with a local APIC but no PIC
+  Gpa vapic_ = 0;           ///< KVM_SET_VAPIC_ADDR; 0: none
   bool has_run_ = false;
   bool check_state_ = true;                  ///< the client has set registers since the last entry
   bool window_wanted_ = false;               ///< an event waits for the interrupt window to open

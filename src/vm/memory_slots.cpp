@@ -12,6 +12,19 @@ constexpr u64 user_address_end = 0x7ffffffff000;  ///< Linux' TASK_SIZE_MAX with
 
 u64 bitmap_words(u64 pages) { return (pages + 63) / 64; }
 
+/// The bits of a bitmap's last word that stand for pages.
+u64 last_word_mask(u64 pages) { return ~0ull >> (-pages & 63); }
+
+std::shared_ptr<std::atomic<u64>[]> new_bitmap(u64 pages, bool all_dirty) {
+  const u64 words = bitmap_words(pages);
+  std::shared_ptr<std::atomic<u64>[]> bitmap(new std::atomic<u64>[words]());
+  if (all_dirty) {
+    for (u64 i = 0; i < words; ++i) bitmap[i].store(~0ull, std::memory_order_relaxed);
+    bitmap[words - 1].store(last_word_mask(pages), std::memory_order_relaxed);
+  }
+  return bitmap;
+}
+
 }  // namespace
 
 MemorySlots::MemorySlots(std::function<void()> flush) : flush_(std::move(flush)), current_(new Snapshot) {}
@@ -64,7 +77,7 @@ int MemorySlots::set_region(const kvm_userspace_memory_region& region) {
   if (!(slot.flags & KVM_MEM_LOG_DIRTY_PAGES))
     slot.dirty.reset();
   else if (!slot.dirty)
-    slot.dirty.reset(new std::atomic<u64>[bitmap_words(slot.pages)]());
+    slot.dirty = new_bitmap(slot.pages, manual_dirty_log_ & KVM_DIRTY_LOG_INITIALLY_SET);
   next->insert(std::ranges::upper_bound(*next, slot.base_gfn, {}, &MemorySlot::base_gfn), slot);
   publish(std::move(next));
   return 0;
@@ -75,23 +88,59 @@ void MemorySlots::publish(std::unique_ptr<Snapshot> next) {
   flush_();
 }
 
-int MemorySlots::get_dirty_log(const kvm_dirty_log& log) {
-  if ((log.slot & 0xffff) >= max_slots || log.slot >> 16 != 0) return -EINVAL;
-  std::lock_guard lock(mutex_);
+int MemorySlots::find_logged(u32 id, const MemorySlot*& slot) const {
+  if ((id & 0xffff) >= max_slots || id >> 16 != 0) return -EINVAL;
   const Snapshot& slots = *current_.load(std::memory_order_relaxed);
-  const auto slot = std::ranges::find(slots, log.slot, &MemorySlot::id);
-  if (slot == slots.end() || !slot->dirty) return -ENOENT;
+  const auto found = std::ranges::find(slots, id, &MemorySlot::id);
+  if (found == slots.end() || !found->dirty) return -ENOENT;
+  slot = &*found;
+  return 0;
+}
+
+void MemorySlots::set_manual_dirty_log(u32 options) {
+  std::lock_guard lock(mutex_);
+  manual_dirty_log_ = options;
+}
+
+int MemorySlots::get_dirty_log(const kvm_dirty_log& log) {
+  std::lock_guard lock(mutex_);
+  const MemorySlot* slot = nullptr;
+  if (const int error = find_logged(log.slot, slot)) return error;
 
   std::vector<u64> bitmap(bitmap_words(slot->pages));
-  bool any = false;
+  bool taken = false;
   for (u64 i = 0; i < bitmap.size(); ++i) {
-    if (slot->dirty[i].load(std::memory_order_relaxed) == 0) continue;
+    bitmap[i] = slot->dirty[i].load(std::memory_order_relaxed);
+    if (bitmap[i] == 0 || manual_dirty_log_) continue;
     bitmap[i] = slot->dirty[i].exchange(0, std::memory_order_acq_rel);
-    any = true;
+    taken = true;
   }
-  // A vCPU that may still store to these pages without asking again does so before the client sees the log.
-  if (any) flush_();
-  return os::copy_to_user(log.dirty_bitmap, bitmap.data(), bitmap.size() * sizeof(u64)) ? 0 : -EFAULT;
+  if (taken) flush_();
+  if (os::copy_to_user(log.dirty_bitmap, bitmap.data(), bitmap.size() * sizeof(u64))) return 0;
+  // The client has not learnt of them.
+  if (taken)
+    for (u64 i = 0; i < bitmap.size(); ++i) slot->dirty[i].fetch_or(bitmap[i], std::memory_order_acq_rel);
+  return -EFAULT;
+}
+
+int MemorySlots::clear_dirty_log(const kvm_clear_dirty_log& log) {
+  std::lock_guard lock(mutex_);
+  const MemorySlot* slot = nullptr;
+  if (log.first_page % 64 != 0) return -EINVAL;
+  if (const int error = find_logged(log.slot, slot)) return error;
+  if (log.first_page > slot->pages) return -EINVAL;
+  // All but the range at the slot's end is whole words.
+  const u64 left = slot->pages - log.first_page;
+  if (log.num_pages > left || (log.num_pages < left && log.num_pages % 64 != 0)) return -EINVAL;
+
+  std::vector<u64> bitmap(bitmap_words(log.num_pages));
+  if (!os::copy_from_user(bitmap.data(), log.dirty_bitmap, bitmap.size() * sizeof(u64))) return -EFAULT;
+  bool taken = false;
+  for (u64 i = 0; i < bitmap.size(); ++i)
+    if (bitmap[i] != 0)
+      taken |= slot->dirty[log.first_page / 64 + i].fetch_and(~bitmap[i], std::memory_order_acq_rel) & bitmap[i];
+  if (taken) flush_();
+  return 0;
 }
 
 x86::HostPage MemorySlots::page(Gpa gpa, bool for_write, u32& hint) const {
@@ -116,6 +165,12 @@ x86::HostPage MemorySlots::page(Gpa gpa, bool for_write, u32& hint) const {
       page.writable = false;
   }
   return page;
+}
+
+bool MemorySlots::has_page(Gpa gpa) {
+  std::lock_guard lock(mutex_);
+  u32 hint = 0;
+  return page(gpa, false, hint).host != nullptr;
 }
 
 bool MemorySlots::contains_host(const void* address) const {

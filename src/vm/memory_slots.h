@@ -1,9 +1,13 @@
 // The guest-physical address space: which part of the client's memory is guest RAM where, and the dirty log.
-// Reference: api.rst 4.35 KVM_SET_USER_MEMORY_REGION, 4.8 KVM_GET_DIRTY_LOG.
+// Reference: api.rst 4.35 KVM_SET_USER_MEMORY_REGION, 4.8 KVM_GET_DIRTY_LOG, 4.117 KVM_CLEAR_DIRTY_LOG.
 //
 // Readers take an immutable snapshot without a lock. A change publishes a new one, then has every vCPU drop the host
 // pointers it holds; only when each has done so is the old snapshot freed and the ioctl returns, so that the client may
 // unmap the memory at once.
+//
+// The dirty log is what page(gpa, true) was asked for. A vCPU asks before its first store to a page and keeps the host
+// pointer; so whoever takes bits out of the log has every vCPU forget its pointers before the client hears of it. Then
+// each store is either done when the client looks at the page, or asks again and is in the next log.
 #pragma once
 
 #include <atomic>
@@ -41,8 +45,11 @@ class MemorySlots {
   ~MemorySlots();
 
   int set_region(const kvm_userspace_memory_region& region);
-  /// Copies the slot's dirty bitmap to the client and clears it.
+  /// Copies the slot's dirty bitmap to the client, and clears it unless that is left to clear_dirty_log().
   int get_dirty_log(const kvm_dirty_log& log);
+  int clear_dirty_log(const kvm_clear_dirty_log& log);
+  /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_DIRTY_LOG_INITIALLY_SET.
+  void set_manual_dirty_log(u32 options);
 
   /// Slots sorted by base_gfn.
   using Snapshot = std::vector<MemorySlot>;
@@ -50,14 +57,19 @@ class MemorySlots {
   /// The page at gpa; for_write marks it in the dirty log. `hint` is the caller's last-hit cache (any value).
   /// Only while the caller is in guest mode (or otherwise waited for by `flush`).
   x86::HostPage page(Gpa gpa, bool for_write, u32& hint) const;
+  /// Whether gpa is RAM, now. Any thread.
+  bool has_page(Gpa gpa);
   /// Whether a host address lies in some slot's memory. Async-signal-safe; same condition.
   bool contains_host(const void* address) const;
 
  private:
   void publish(std::unique_ptr<Snapshot> next);
+  /// With mutex_ held. The slot if it is logged, in `slot`; 0 or -errno.
+  int find_logged(u32 id, const MemorySlot*& slot) const;
 
   std::function<void()> flush_;
   std::mutex mutex_;  ///< changes
+  u32 manual_dirty_log_ = 0;
   std::atomic<const Snapshot*> current_;
 };
 

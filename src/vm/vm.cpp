@@ -46,6 +46,10 @@ int Vm::set_user_memory_region2(const kvm_userspace_memory_region2& region) {
 }
 
 int Vm::get_dirty_log(const kvm_dirty_log& log) { return memory_.get_dirty_log(log); }
+int Vm::clear_dirty_log(const kvm_clear_dirty_log& log) { return memory_.clear_dirty_log(log); }
+
+/// How much the kernel's shadow MMU may use. Nothing here grows with the guest.
+int Vm::set_nr_mmu_pages(u64 pages) { return pages < 64 ? -EINVAL : 0; }
 
 void Vm::flush_all_tlbs() {
   for_each_vcpu([](vcpu::Vcpu& vcpu) { vcpu.flush_tlb_and_wait(); });
@@ -112,7 +116,23 @@ int Vm::create_pit2(const kvm_pit_config& config) {
   return chips_->create_pit(*timers_, *routing_, config.flags);
 }
 
+int Vm::create_pit() { return create_pit2({.flags = KVM_PIT_SPEAKER_DUMMY}); }
+
 irqchip::Pit* Vm::pit() { return chips() ? chips()->pit() : nullptr; }
+
+int Vm::get_pit(kvm_pit_state& state) {
+  kvm_pit_state2 both;
+  if (const int error = get_pit2(both)) return error;
+  std::ranges::copy(both.channels, state.channels);
+  return 0;
+}
+
+int Vm::set_pit(const kvm_pit_state& state) {
+  kvm_pit_state2 both;
+  if (const int error = get_pit2(both)) return error;
+  std::ranges::copy(state.channels, both.channels);
+  return set_pit2(both);
+}
 
 int Vm::get_pit2(kvm_pit_state2& state) {
   if (!pit()) return -ENXIO;
@@ -199,8 +219,19 @@ int Vm::enable_cap(const kvm_enable_cap& cap) {
       max_vcpu_ids_ = static_cast<u32>(value);
       max_vcpu_ids_set_ = true;
       return 0;
+    case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: {
+      constexpr u64 all = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+      if (value & ~(value & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE ? all : u64{KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}))
+        return -EINVAL;
+      memory_.set_manual_dirty_log(static_cast<u32>(value));
+      return 0;
+    }
+    case KVM_CAP_HALT_POLL: return value >> 32 ? -EINVAL : 0;  // a halt never polls, so that any limit is kept
     default: return -EINVAL;
   }
 }
+
+/// No kind of device is made this way on x86 but VFIO's file, which this is built without.
+int Vm::create_device(const kvm_create_device&) { return -ENODEV; }
 
 }  // namespace anykvm::vm

@@ -51,6 +51,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   int set_user_memory_region(const kvm_userspace_memory_region& region);
   int set_user_memory_region2(const kvm_userspace_memory_region2& region);
   int get_dirty_log(const kvm_dirty_log& log);  ///< EFAULT when the bitmap cannot be written
+  int clear_dirty_log(const kvm_clear_dirty_log& log);
+  int set_nr_mmu_pages(u64 pages);
   int set_tss_addr(u64 address);
   int set_identity_map_addr(u64 address);
 
@@ -64,7 +66,10 @@ class Vm : public std::enable_shared_from_this<Vm> {
   int create_irqchip();
   int get_irqchip(kvm_irqchip& chip);
   int set_irqchip(const kvm_irqchip& chip);
+  int create_pit();
   int create_pit2(const kvm_pit_config& config);
+  int get_pit(kvm_pit_state& state);
+  int set_pit(const kvm_pit_state& state);
   int get_pit2(kvm_pit_state2& state);
   int set_pit2(const kvm_pit_state2& state);
   int reinject_control(const kvm_reinject_control& control);
@@ -82,6 +87,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
   int set_tsc_khz(u32 khz);  ///< for vCPUs created from now on; 0: the host's
 
   int enable_cap(const kvm_enable_cap& cap);
+  int create_device(const kvm_create_device& device);
 
   // --- for the vCPUs --------------------------------------------------------------------------------------------
   MemorySlots& memory() { return memory_; }

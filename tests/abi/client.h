@@ -5,10 +5,12 @@
 
 #include <cerrno>
 #include <utility>
+#include <vector>
 
 #include "abi/abi.h"
 #include "abi/limits.h"
 #include "anykvm/kvm.h"
+#include "x86/types.h"
 
 namespace anykvm::abi {
 
@@ -58,6 +60,18 @@ class GuardedPage {
 
  private:
   char* base_;
+};
+
+/// A structure with a counted array behind it.
+template <class Header, class Entry>
+class Counted {
+ public:
+  explicit Counted(u32 count) : bytes_(sizeof(Header) + count * sizeof(Entry)) {}
+  Header* header() { return reinterpret_cast<Header*>(bytes_.data()); }
+  Entry* entries() { return reinterpret_cast<Entry*>(bytes_.data() + sizeof(Header)); }
+
+ private:
+  std::vector<u8> bytes_;
 };
 
 /// The system, a VM and its first vCPU.

@@ -15,17 +15,6 @@
 namespace anykvm::abi {
 namespace {
 
-/// A structure with a counted array behind it.
-template <class Header, class Entry>
-class Counted {
- public:
-  explicit Counted(u32 count) : bytes_(sizeof(Header) + count * sizeof(Entry)) {}
-  Header* header() { return reinterpret_cast<Header*>(bytes_.data()); }
-  Entry* entries() { return reinterpret_cast<Entry*>(bytes_.data() + sizeof(Header)); }
-
- private:
-  std::vector<u8> bytes_;
-};
 using Cpuid = Counted<kvm_cpuid2, kvm_cpuid_entry2>;
 using Msrs = Counted<kvm_msrs, kvm_msr_entry>;
 

@@ -34,5 +34,10 @@ TEST(Layout, TheOnesThatDebian12sHeaderGetsWrong) {
   EXPECT_EQ(4096u, sizeof(kvm_xsave));
 }
 
+TEST(Layout, WhatLaterKernelsAdded) {
+  EXPECT_EQ(0x40a0ae49, KVM_SET_USER_MEMORY_REGION2);
+  EXPECT_EQ(160u, sizeof(kvm_userspace_memory_region2));
+}
+
 }  // namespace
 }  // namespace anykvm::abi
