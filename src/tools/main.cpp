@@ -14,22 +14,30 @@ namespace anykvm::tools {
 namespace {
 
 struct BootArguments {
-  std::string kernel, initrd, append, memory = "512M", network = "none", engine = "auto", timeout;
+  std::string kernel, initrd, append, firmware, firmware_log;
+  std::string memory = "512M", network = "none", engine = "auto", timeout;
   std::vector<std::string> disks;
   unsigned cpus = 1;
-  bool quiet = false;
+  bool boot_menu = false, quiet = false;
 };
 
 void describe_boot(CLI::App& boot, BootArguments& arguments) {
   constexpr unsigned most_cpus = 255;
   boot.add_option("--kernel", arguments.kernel, "Linux kernel: a bzImage (vmlinuz) or an ELF vmlinux with a PVH entry")
-      ->required()
       ->type_name("FILE");
   boot.add_option("--initrd", arguments.initrd, "Initial RAM disk: a cpio archive, plain or compressed")
       ->type_name("FILE");
   boot.add_option("--append", arguments.append,
                   fmt::format("Kernel command line, added behind \"{}\"", vmm::default_command_line))
       ->type_name("STRING");
+  boot.add_option(
+          "--firmware", arguments.firmware,
+          "Firmware image such as SeaBIOS's bios.bin, which boots the first bootable --disk; instead of --kernel")
+      ->type_name("FILE");
+  boot.add_option("--firmware-log", arguments.firmware_log,
+                  "Appends the firmware's debug output (port 0x402) to a file")
+      ->type_name("FILE");
+  boot.add_flag("--boot-menu", arguments.boot_menu, "The firmware waits for Esc and shows what it can boot from");
   boot.add_option("--memory", arguments.memory, "Guest memory; K, M or G behind the number, M when none")
       ->type_name("SIZE")
       ->capture_default_str();
@@ -58,10 +66,24 @@ void describe_boot(CLI::App& boot, BootArguments& arguments) {
       "124 time-out.");
 }
 
+/// A kernel with what belongs to it, or firmware with what belongs to that.
+void check_what_boots(const BootArguments& arguments) {
+  if (arguments.kernel.empty() == arguments.firmware.empty())
+    throw CLI::ValidationError(arguments.kernel.empty() ? "--kernel or --firmware is required"
+                                                        : "--kernel excludes --firmware");
+  if (arguments.kernel.empty() && !(arguments.initrd.empty() && arguments.append.empty()))
+    throw CLI::ValidationError("--initrd and --append belong to --kernel: firmware finds both on a disk");
+  if (arguments.firmware.empty() && (arguments.boot_menu || !arguments.firmware_log.empty()))
+    throw CLI::ValidationError("--boot-menu and --firmware-log belong to --firmware");
+}
+
 int run_boot(const BootArguments& arguments) {
   vmm::BootOptions options;
+  check_what_boots(arguments);
   options.machine.files = {arguments.kernel, arguments.initrd, vmm::default_command_line};
   if (!arguments.append.empty()) options.machine.files.command_line += " " + arguments.append;
+  if (!arguments.firmware.empty())
+    options.machine.firmware = {arguments.firmware, arguments.firmware_log, arguments.boot_menu};
   options.machine.memory_bytes = parse_memory(arguments.memory);
   options.machine.cpus = arguments.cpus;
   for (const std::string& disk : arguments.disks) options.machine.disks.push_back(parse_disk(disk));

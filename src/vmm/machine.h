@@ -1,18 +1,21 @@
-// The machine that `anykvm boot` gives a kernel: a PC with an empty PCI bus; disks, network and entropy are
-// virtio-mmio.
+// The machine that `anykvm boot` gives a guest. A kernel gets a PC with an empty PCI bus, its disks, network and
+// entropy by virtio-mmio; firmware gets a PC as firmware knows it, with the same devices by virtio-pci.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "anykvm/anykvm.h"
 #include "vmm/acpi/tables.h"
 #include "vmm/bus.h"
 #include "vmm/event_loop.h"
+#include "vmm/firmware.h"
 #include "vmm/guest_memory.h"
 #include "vmm/i8042.h"
 #include "vmm/loader/kernel.h"
-#include "vmm/pci_host.h"
+#include "vmm/pci/bridges.h"
+#include "vmm/pci/bus.h"
 #include "vmm/power_management.h"
 #include "vmm/rtc.h"
 #include "vmm/run_outcome.h"
@@ -20,6 +23,7 @@
 #include "vmm/vcpu_thread.h"
 #include "vmm/virtio/device.h"
 #include "vmm/virtio/mmio.h"
+#include "vmm/virtio/pci.h"
 
 namespace anykvm::vmm {
 
@@ -28,8 +32,15 @@ struct DiskOption {
   bool read_only = false;
 };
 
+struct FirmwareOptions {
+  std::string path;        ///< the ROM's image
+  std::string log;         ///< where its debug output goes; empty: nowhere
+  bool boot_menu = false;  ///< let it ask for the boot device
+};
+
 struct MachineOptions {
-  KernelFiles files;
+  KernelFiles files;                        ///< what to boot …
+  std::optional<FirmwareOptions> firmware;  ///< … unless there is firmware to find it
   u64 memory_bytes = u64{512} << 20;
   unsigned cpus = 1;
   std::vector<DiskOption> disks;
@@ -53,8 +64,12 @@ class Machine {
   void stop();
 
  private:
+  void reset();
+  void add_bridges(bool for_firmware);
+  void add_firmware(const FirmwareOptions& options);
+  void describe_to_firmware(const MachineOptions& options);
   void add_virtio(std::unique_ptr<VirtioDevice> device);
-  void create_vcpus(const Kvm& kvm, unsigned count, const LoadedKernel& kernel);
+  void create_vcpus(const Kvm& kvm, unsigned count, const LoadedKernel* kernel);
   IrqLine& line(u32 gsi);
 
   OutcomeBox& outcome_;
@@ -66,9 +81,19 @@ class Machine {
   std::unique_ptr<I8042> keyboard_;
   std::unique_ptr<Rtc> rtc_;
   std::unique_ptr<PowerManagement> power_;
-  PciHost pci_;
+  PciBus pci_;
+  std::unique_ptr<PciFunction> host_bridge_;
+  std::unique_ptr<Piix3> isa_bridge_;
+
+  // With firmware only.
+  std::unique_ptr<FirmwareRom> rom_;
+  std::unique_ptr<FwCfg> fw_cfg_;
+  std::unique_ptr<SystemControlPort> system_control_;
+  std::unique_ptr<DebugPort> debug_port_;
+
   std::vector<VirtioSlot> virtio_slots_;
-  std::vector<std::unique_ptr<VirtioMmio>> virtio_;
+  std::vector<PciSlot> pci_slots_;
+  std::vector<std::unique_ptr<VirtioRegisters>> virtio_;
   std::vector<std::unique_ptr<VcpuThread>> vcpus_;
 };
 

@@ -17,6 +17,8 @@ class Rtc final : public IoDevice {
 
   /// Bytes of RAM below and above 4 GiB.
   Rtc(u64 low_memory, u64 high_memory);
+  /// Sets a byte of the memory that is not the clock's, before the guest runs.
+  void preset(u8 index, u8 value) { ram_[index] = value; }
 
   void read(u64 offset, std::span<u8> data) override;
   void write(u64 offset, std::span<const u8> data) override;

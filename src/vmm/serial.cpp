@@ -58,7 +58,7 @@ size_t Serial16550::fifo_room() const {
 }
 
 void Serial16550::fill_fifo() {
-  if ((modem_control_ & mcr_loop) || !(modem_control_ & mcr_rts)) return;
+  if ((modem_control_ & mcr_loop) || (flow_ == Flow::rts && !(modem_control_ & mcr_rts))) return;
   for (size_t room = fifo_room(); room > 0 && !backlog_.empty(); --room) {
     fifo_.push_back(backlog_.front());
     backlog_.pop_front();

@@ -15,11 +15,16 @@ class Serial16550 final : public IoDevice {
  public:
   static constexpr u64 port_count = 8;
 
-  /// `send` gets every byte the guest sends, on the vCPU's thread.
-  Serial16550(IrqLine& irq, std::function<void(u8)> send) : irq_(irq), send_(std::move(send)) {}
+  /// Whether the other end waits for RTS. Drivers of operating systems raise it; those of firmware may not.
+  enum class Flow { rts, none };
 
-  /// Bytes for the guest. They wait in a queue of the host's while the guest's FIFO is full or its driver has not
-  /// raised RTS: what is piped in before the driver is up is not lost when that clears the FIFO. Any thread.
+  /// `send` gets every byte the guest sends, on the vCPU's thread.
+  Serial16550(IrqLine& irq, std::function<void(u8)> send, Flow flow = Flow::rts)
+      : irq_(irq), send_(std::move(send)), flow_(flow) {}
+
+  /// Bytes for the guest. They wait in a queue of the host's while the guest's FIFO is full or, by Flow::rts, its
+  /// driver has not raised RTS: what is piped in before the driver is up is not lost when that clears the FIFO. Any
+  /// thread.
   void receive(std::span<const u8> bytes);
   /// Bytes that wait in the host's queue.
   size_t backlog() const;
@@ -42,6 +47,7 @@ class Serial16550 final : public IoDevice {
 
   IrqLine& irq_;
   std::function<void(u8)> send_;
+  Flow flow_;
   std::function<void()> drained_;
 
   mutable std::mutex mutex_;

@@ -1,9 +1,8 @@
-// Keyboard controller, clock, power management and the empty PCI bus.
+// Keyboard controller, clock and power management.
 #include <gtest/gtest.h>
 #include <time.h>
 
 #include "vmm/i8042.h"
-#include "vmm/pci_host.h"
 #include "vmm/power_management.h"
 #include "vmm/recording_irq_line.h"
 #include "vmm/rtc.h"
@@ -138,25 +137,6 @@ TEST(PowerManagement, SleepTypeFiveIsPowerOff) {
   write16(2, 0x0120);
   EXPECT_EQ(read16(2), 0x0120);
   EXPECT_EQ(read16(0), 0);
-}
-
-TEST(PciHost, HasOneHostBridge) {
-  PciHost host;
-  const auto config = [&](u32 address) {
-    const u8 bytes[] = {u8(address), u8(address >> 8), u8(address >> 16), u8(address >> 24)};
-    host.write(0, bytes);
-    u8 value[4] = {0xff, 0xff, 0xff, 0xff};
-    host.read(4, value);
-    return u32(value[0] | value[1] << 8 | value[2] << 16) | u32(value[3]) << 24;
-  };
-  EXPECT_EQ(config(0x8000'0000), 0x00081b36u);
-  EXPECT_EQ(config(0x8000'0008) >> 16, 0x0600u);
-  EXPECT_EQ(config(0x8000'0800), 0xffffffffu) << "the next device";
-  EXPECT_EQ(config(0x0000'0000), 0xffffffffu) << "not enabled";
-  config(0x8000'0008);
-  u8 top[2];
-  host.read(6, top);
-  EXPECT_EQ(top[1], 0x06) << "the upper half alone";
 }
 
 TEST(PowerManagement, TimerRuns) {

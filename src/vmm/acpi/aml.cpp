@@ -22,11 +22,25 @@ enum : u8 {
   op_extended = 0x5b,
   op_extended_device = 0x82,
 };
+enum : u8 { large_dword_address_space = 0x87, large_word_address_space = 0x88 };
 
 void append(Bytes& to, const Bytes& bytes) { to.insert(to.end(), bytes.begin(), bytes.end()); }
 
 void append_le(Bytes& to, u64 value, unsigned bytes) {
   for (unsigned i = 0; i < bytes; ++i) to.push_back(u8(value >> (8 * i)));
+}
+
+/// Address space descriptor: range fixed at both ends, handed on and not consumed.
+Bytes address_space(u8 tag, u8 resource_type, u8 type_flags, u32 first, u32 last) {
+  const unsigned width = tag == large_dword_address_space ? 4 : 2;
+  constexpr u8 fixed_at_both_ends = 0x0c;
+  Bytes result{tag, u8(3 + 5 * width), 0, resource_type, fixed_at_both_ends, type_flags};
+  append_le(result, 0, width);  // granularity
+  append_le(result, first, width);
+  append_le(result, last, width);
+  append_le(result, 0, width);  // translation
+  append_le(result, u64{last} - first + 1, width);
+  return result;
 }
 
 /// PkgLength counts itself. The first byte holds the low bits and, from two bytes on, how many follow.
@@ -90,11 +104,13 @@ Bytes string(std::string_view text) {
   return result;
 }
 
-Bytes package(std::initializer_list<Bytes> elements) {
+Bytes package(std::span<const Bytes> elements) {
   Bytes content{u8(elements.size())};
-  append(content, join(elements));
+  for (const Bytes& element : elements) append(content, element);
   return join({{op_package}, with_length(content)});
 }
+
+Bytes package(std::initializer_list<Bytes> elements) { return package({elements.begin(), elements.size()}); }
 
 Bytes eisa_id(std::string_view id) {
   const auto hex = [](char digit) { return u32(digit <= '9' ? digit - '0' : digit - 'A' + 10); };
@@ -141,6 +157,18 @@ Bytes fixed_memory(u32 base, u32 size) {
   append_le(result, base, 4);
   append_le(result, size, 4);
   return result;
+}
+
+Bytes bus_numbers(u16 first, u16 last) { return address_space(large_word_address_space, 2, 0, first, last); }
+
+Bytes port_window(u16 first, u16 last) {
+  constexpr u8 entire_range = 0x03;
+  return address_space(large_word_address_space, 1, entire_range, first, last);
+}
+
+Bytes memory_window(u32 first, u32 last) {
+  constexpr u8 read_write_uncached = 0x01;
+  return address_space(large_dword_address_space, 0, read_write_uncached, first, last);
 }
 
 Bytes level_interrupt(u32 gsi) {

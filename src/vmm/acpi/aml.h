@@ -4,6 +4,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -20,6 +21,7 @@ Bytes integer(u64 value);
 Bytes string(std::string_view text);
 /// A package (array) of terms, at most 255.
 Bytes package(std::initializer_list<Bytes> elements);
+Bytes package(std::span<const Bytes> elements);
 /// A compressed identifier such as "PNP0501".
 Bytes eisa_id(std::string_view id);
 
@@ -34,6 +36,10 @@ Bytes io_ports(u16 base, u8 count);
 /// An ISA interrupt: edge, active high.
 Bytes isa_irq(unsigned irq);
 Bytes fixed_memory(u32 base, u32 size);
+/// What a bridge hands on to its bus: bus numbers, ports, memory. The ends are inclusive.
+Bytes bus_numbers(u16 first, u16 last);
+Bytes port_window(u16 first, u16 last);
+Bytes memory_window(u32 first, u32 last);
 /// A level-triggered, active-high interrupt of the I/O APIC.
 Bytes level_interrupt(u32 gsi);
 

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "vmm/acpi/aml.h"
+#include "vmm/pci/bus.h"
 #include "vmm/power_management.h"
 #include "vmm/rtc.h"
 
@@ -61,6 +62,22 @@ constexpr u8 sci_irq = 9;
 constexpr u32 local_apic_base = 0xfee0'0000;
 constexpr u32 io_apic_base = 0xfec0'0000;
 
+aml::Bytes pci_bus(std::span<const PciSlot> slots) {
+  using namespace aml;
+  constexpr u32 all_functions = 0xffff;
+  constexpr u64 inta = 0;
+  std::vector<Bytes> routes;
+  for (const PciSlot& slot : slots)
+    routes.push_back(
+        package({integer(u64{slot.slot} << 16 | all_functions), integer(inta), integer(0), integer(slot.gsi)}));
+  return device(
+      "PCI0", join({name("_HID", eisa_id("PNP0A03")), name("_UID", integer(0)), name("_PRT", package(routes)),
+                    name("_CRS", resources({bus_numbers(0, 0xff), io_ports(PciBus::base_port, PciBus::port_count),
+                                            port_window(0, PciBus::base_port - 1),
+                                            port_window(PciBus::base_port + PciBus::port_count, 0xffff),
+                                            memory_window(u32(PciBus::window_begin), u32(PciBus::window_end - 1))}))}));
+}
+
 }  // namespace
 
 std::vector<u8> make_dsdt(const AcpiMachine& machine) {
@@ -74,6 +91,7 @@ std::vector<u8> make_dsdt(const AcpiMachine& machine) {
       device("PMIO", join({name("_HID", eisa_id("PNP0C02")),
                            name("_CRS", resources({io_ports(PowerManagement::base_port, 16)}))})),
   });
+  if (!machine.pci.empty()) devices = join({devices, pci_bus(machine.pci)});
   unsigned number = 0;
   for (const VirtioSlot& slot : machine.virtio) {
     static constexpr char digits[] = "0123456789ABCDEF";
