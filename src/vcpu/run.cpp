@@ -266,7 +266,7 @@ int Vcpu::complete_exit() {
     case Pending::pio_in:
       if (moved) return go_on;
       cpu_.pio_reply = cpu_.pio_data;
-      cpu_.pio_reply_bytes = run_->io.size * run_->io.count;
+      cpu_.pio_reply_bytes = cpu_.exit.size * cpu_.exit.count;  // kvm_run's may have been written since
       return finish_instruction();
     case Pending::mmio_read:
       if (moved) {
@@ -299,6 +299,8 @@ int Vcpu::finish_instruction() {
     result = handle_exit();
     if (cpu_.pio_reply_bytes == 0 || cpu_.pio_reply_bytes == reply_bytes) break;
   }
+  // Nothing is left of the answer when the instruction did not want it after all.
+  cpu_.pio_reply = nullptr;
   if (pending_ != Pending::pio_in) cpu_.pio_reply_bytes = 0;
   return result;
 }

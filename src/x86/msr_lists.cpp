@@ -130,7 +130,6 @@ void reset_msrs(MsrState& msr) {
   msr.arch_capabilities = host_arch_capabilities();
   msr.ucode_rev = default_ucode_rev();
   msr.platform_info = 1ull << 31;  // CPUID faulting
-  msr.hwcr = 1 << 24;  // TscFreqSel: on AMD, the TSC runs at P0's frequency; Linux complains when it is clear
 }
 
 }  // namespace anykvm::x86

@@ -70,6 +70,44 @@ TEST_F(Exits, AnAnswerIsDroppedWhenTheClientMovesRip) {
   EXPECT_EQ(regs().rax, 0u);
 }
 
+TEST_F(Exits, AClientMayChangeTheCounterOfAStringRead) {
+  struct {
+    u64 counter;     // what the client makes of 3
+    unsigned exits;  // of the string instruction in all
+  } const cases[] = {{0, 1}, {1, 1}, {3, 1}, {5, 2}};
+  for (const auto& c : cases) {
+    SCOPED_TRACE(c.counter);
+    auto& vcpu = vcpus.empty() ? add_vcpu() : *vcpus[0];
+    std::memset(ram + 0x2100, 0xcc, 16);
+    start_real_mode(vcpu, {
+                              0xbf, 0x00, 0x21,  // mov di, 0x2100
+                              0xb9, 0x03, 0x00,  // mov cx, 3
+                              0xf3, 0x6c,        // rep insb
+                              0xe4, 0x60,        // in al, 0x60
+                              0xf4,              // hlt
+                          });
+    for (unsigned exit = 0; exit < c.exits; ++exit) {
+      ASSERT_EQ(vcpu.run(), 0);
+      ASSERT_EQ(run().io.port, 0u);
+      std::memset(pio_data(), 0x11, run().io.count);
+      run().io.count = run().io.size = 0x7f;  // nothing may come of what the client writes here
+      if (exit != 0) continue;
+      kvm_regs changed = regs();
+      changed.rcx = c.counter;
+      ASSERT_EQ(vcpu.set_regs(changed), 0);
+    }
+    ASSERT_EQ(vcpu.run(), 0);
+    ASSERT_EQ(run().io.port, 0x60);  // which does not take what is left of the answer to the other
+    *pio_data() = 0x77;
+    ASSERT_EQ(vcpu.run(), 0);
+    EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+    EXPECT_EQ(regs().rax & 0xff, 0x77u);
+    EXPECT_EQ(regs().rcx, 0u);
+    EXPECT_EQ(regs().rdi, 0x2100 + c.counter);
+    for (unsigned n = 0; n < 16; ++n) EXPECT_EQ(ram[0x2100 + n], n < c.counter ? 0x11 : 0xcc) << n;
+  }
+}
+
 TEST_F(Exits, StringPorts) {
   auto& vcpu = add_vcpu();
   start_real_mode(vcpu, {

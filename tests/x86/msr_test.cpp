@@ -282,6 +282,7 @@ TEST_F(Msr, WhatLinuxTouchesOnAmd) {
   for (u32 index : {0xc001001fu, 0xc0010020u, 0xc0010117u, 0xc001102au, 0xc0010000u, 0xc0010004u})
     EXPECT_FALSE(write_faults(index, 0x1234)) << std::hex << index;
   EXPECT_EQ(read(0xc0010004), 0u);
+  EXPECT_EQ(read(0xc0010015), 0u);  // setting TscFreqSel is the firmware's business
   expect_holds(0xc0010015, 1 << 24);
   EXPECT_FALSE(write_faults(0xc0010015, 1 << 3));  // accepted and forgotten
   EXPECT_EQ(read(0xc0010015), 0u);

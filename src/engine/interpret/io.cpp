@@ -106,7 +106,8 @@ Result in_string(Context& c, const Instruction& i) {
     ANYKVM_TRY(c.cpu.mmu.translate(c.cpu, (gva + bytes - 1) & page_mask, Access::write, c.cpu.data_privilege, page));
   u32 done = 1;
   if (c.cpu.pio_reply) {
-    done = c.cpu.pio_reply_bytes / bytes;
+    // The client may have changed the counter meanwhile; what is answered beyond it is dropped.
+    done = u32(std::min<u64>(c.cpu.pio_reply_bytes / bytes, counter(c, i)));
     const u8* reply = take_reply(c);
     for (u32 n = 0; n < done; ++n) ANYKVM_TRY(c.cpu.write(gva + u64(n) * bytes, reply + n * bytes, bytes));
   } else {
