@@ -1,0 +1,220 @@
+// What can be measured inside one process, one measurement per run: guest instructions per second, the way from KVM_RUN to a
+// port-I/O exit and back, the life of a thousand virtual machines. Prints "name value" lines; bench/run makes the table.
+#include <sys/mman.h>
+#include <x86intrin.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include "anykvm/anykvm.h"
+#include "loops.h"
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+// Guest-physical layout: page tables, entry code, the loops, a stack, scratch memory.
+constexpr std::uint64_t memory_size = 2 << 20, page_map = 0x1000, page_directories = 0x2000, page_directory = 0x3000,
+                        entry = 0x4000, loops = 0x8000, stack_top = 0x20000, scratch = 0x40000;
+
+/// Anonymous memory, handed back at the end.
+class Memory {
+ public:
+  explicit Memory(std::size_t size)
+      : size_(size), bytes_(mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+    if (bytes_ == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
+  }
+  ~Memory() { munmap(bytes_, size_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  unsigned char* at(std::uint64_t gpa) { return static_cast<unsigned char*>(bytes_) + gpa; }
+
+ private:
+  std::size_t size_;
+  void* bytes_;
+};
+
+kvm_segment flat(std::uint16_t selector, std::uint8_t type, bool code) {
+  kvm_segment segment{};
+  segment.limit = 0xffffffff;
+  segment.selector = selector;
+  segment.type = type;
+  segment.present = 1;
+  segment.s = 1;
+  segment.g = 1;
+  segment.l = code;
+  segment.db = !code;
+  return segment;
+}
+
+/// One vCPU in long mode at `entry`, 2 MiB mapped where they are.
+class LongModeGuest {
+ public:
+  explicit LongModeGuest(std::span<const unsigned char> code)
+      : memory_(memory_size), vm_(kvm_.create_vm()), vcpu_((prepare(code), vm_.create_vcpu())) {
+    kvm_sregs sregs = vcpu_.sregs();
+    sregs.cr3 = page_map;
+    sregs.cr4 = 1 << 5 | 1 << 9;  // PAE, OSFXSR
+    sregs.cr0 = 0x80000033;       // PG, NE, ET, MP, PE
+    sregs.efer = 0x500;           // LMA, LME
+    sregs.cs = flat(8, 11, true);
+    sregs.ds = sregs.es = sregs.ss = sregs.fs = sregs.gs = flat(16, 3, false);
+    vcpu_.set_sregs(sregs);
+    vcpu_.set_cpuid(kvm_.supported_cpuid());
+  }
+
+  /// Enters the guest at `entry` with %rax = function, %rdi = iterations; it must leave by a write to a port.
+  void call(std::uint64_t function, std::uint64_t iterations) {
+    kvm_regs regs{};
+    regs.rip = entry;
+    regs.rsp = stack_top;
+    regs.rflags = 2;
+    regs.rax = function;
+    regs.rdi = iterations;
+    regs.rsi = scratch;
+    vcpu_.set_regs(regs);
+    run_to_port();
+  }
+
+  void run_to_port() {
+    const anykvm::Exit exit = vcpu_.run();
+    if (!std::holds_alternative<anykvm::exits::IoOut>(exit))
+      throw std::runtime_error("the guest left with exit " + std::to_string(vcpu_.run_area().exit_reason));
+  }
+
+ private:
+  void prepare(std::span<const unsigned char> code) {
+    const auto store = [&](std::uint64_t gpa, std::uint64_t value) { std::memcpy(memory_.at(gpa), &value, 8); };
+    store(page_map, page_directories | 7);
+    store(page_directories, page_directory | 7);
+    store(page_directory, 0x87);
+    std::ranges::copy(code, memory_.at(entry));
+    std::copy(bench_loops_begin, bench_loops_end, memory_.at(loops));
+    vm_.set_up_memory_slot(vm_.allocate_memory_slot(memory_size), memory_.at(0), 0);
+  }
+
+  Memory memory_;
+  anykvm::Kvm kvm_;
+  anykvm::Vm vm_;
+  anykvm::Vcpu vcpu_;
+};
+
+using Loop = void (*)(std::uint64_t, void*);
+
+/// The host's TSC, which is the clock of the guest under QEMU.
+void measure_tsc() {
+  const Clock::time_point begin = Clock::now();
+  const std::uint64_t ticks = __rdtsc();
+  while (seconds_since(begin) < 0.1) continue;
+  std::printf("tsc_mhz %.1f\n", (__rdtsc() - ticks) / seconds_since(begin) / 1e6);
+}
+
+/// Millions of instructions a second, natively and in the guest, from the same number of iterations.
+void measure_loop(const char* name, Loop loop, double instructions, std::uint64_t iterations) {
+  Memory memory(128 << 10);
+  const std::uint64_t native_iterations = iterations * 20;
+  loop(native_iterations / 10, memory.at(0));
+  Clock::time_point begin = Clock::now();
+  loop(native_iterations, memory.at(0));
+  std::printf("native_mips_%s %.1f\n", name, native_iterations * instructions / seconds_since(begin) / 1e6);
+
+  const unsigned char code[] = {0xff, 0xd0,   // call *%rax
+                                0xe6, 0x10};  // out %al, $0x10
+  LongModeGuest guest(code);
+  const std::uint64_t function = loops + (reinterpret_cast<const unsigned char*>(loop) - bench_loops_begin);
+  guest.call(function, iterations / 10);
+  begin = Clock::now();
+  guest.call(function, iterations);
+  std::printf("guest_mips_%s %.1f\n", name, iterations * instructions / seconds_since(begin) / 1e6);
+}
+
+void measure_exits() {
+  const unsigned char code[] = {0xe6, 0x10,   // out %al, $0x10
+                                0xeb, 0xfc};  // jmp back
+  LongModeGuest guest(code);
+  constexpr int exits = 200'000;
+  guest.call(0, 0);
+  for (int i = 0; i < exits / 10; ++i) guest.run_to_port();
+  const Clock::time_point begin = Clock::now();
+  for (int i = 0; i < exits; ++i) guest.run_to_port();
+  std::printf("exit_ns %.1f\n", seconds_since(begin) * 1e9 / exits);
+}
+
+struct Footprint {
+  long fds = 0, threads = 0, resident_kib = 0;
+};
+
+Footprint footprint() {
+  Footprint found;
+  for ([[maybe_unused]] const auto& fd : std::filesystem::directory_iterator("/proc/self/fd")) ++found.fds;
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    if (word == "Threads:") status >> found.threads;
+    if (word == "VmRSS:") status >> found.resident_kib;
+  }
+  return found;
+}
+
+/// A VM as a VMM makes it, chips included, run to one exit.
+void live_once() {
+  const unsigned char code[] = {0xe6, 0x10};  // out %al, $0x10
+  Memory memory(0x1000);
+  std::ranges::copy(code, memory.at(0));
+  anykvm::Kvm kvm;
+  anykvm::Vm vm = kvm.create_vm();
+  vm.set_up_memory_slot(vm.allocate_memory_slot(0x1000), memory.at(0), 0);
+  vm.create_irq_chip();
+  vm.create_pit();
+  anykvm::Vcpu vcpu = vm.create_vcpu();
+  kvm_sregs sregs = vcpu.sregs();
+  sregs.cs.base = 0;
+  sregs.cs.selector = 0;
+  vcpu.set_sregs(sregs);
+  kvm_regs regs{};
+  regs.rflags = 2;
+  vcpu.set_regs(regs);
+  if (!std::holds_alternative<anykvm::exits::IoOut>(vcpu.run())) throw std::runtime_error("no port exit");
+}
+
+void measure_lives() {
+  for (int i = 0; i < 20; ++i) live_once();
+  const Footprint before = footprint();
+  const Clock::time_point begin = Clock::now();
+  for (int i = 0; i < 1000; ++i) live_once();
+  std::printf("thousand_vms_s %.3f\n", seconds_since(begin));
+  const Footprint after = footprint();
+  std::printf("left_fds %ld\nleft_threads %ld\nleft_kib %ld\n", after.fds - before.fds, after.threads - before.threads,
+              after.resident_kib - before.resident_kib);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  const std::string what = argc == 2 ? argv[1] : "";
+  if (what == "mips") {
+    measure_tsc();
+    measure_loop("integer", bench_integer_loop, integer_loop_instructions, 10'000'000);
+    measure_loop("memory", bench_memory_loop, memory_loop_instructions, 8'000'000);
+  } else if (what == "exits") {
+    measure_exits();
+  } else if (what == "lives") {
+    measure_lives();
+  } else {
+    std::fprintf(stderr, "usage: anykvm_bench mips|exits|lives\n");
+    return 64;
+  }
+  return 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "anykvm_bench: %s\n", error.what());
+  return 1;
+}
