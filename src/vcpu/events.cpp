@@ -128,6 +128,7 @@ bool Vcpu::inject_events() {
     if (cpu_.deliver_interrupt(event.interrupt_vector) == Result::exit) return false;
   }
 
+  if (cpu_.guest_debug.control & KVM_GUESTDBG_BLOCKIRQ) return true;
   if (event.nmi_pending != 0) {
     if (!event.nmi_masked && event.shadow == 0) {
       --event.nmi_pending;

@@ -49,6 +49,19 @@ bool Vcpu::pio_out(u16 port, const void* data, unsigned size) {
 }
 
 Vcpu::MsrResult Vcpu::read_msr(u32 index, u64& value) {
+  if (vm_->intercepts_msrs()) [[unlikely]]
+    return read_filtered_msr(index, value);
+  return read_own_msr(index, value);
+}
+
+Vcpu::MsrResult Vcpu::write_msr(u32 index, u64 value) {
+  if (vm_->intercepts_msrs()) [[unlikely]]
+    return write_filtered_msr(index, value);
+  return write_own_msr(index, value);
+}
+
+/// The MSRs of the APIC and of the paravirtual devices; not_mine: those that are CPU state.
+Vcpu::MsrResult Vcpu::read_own_msr(u32 index, u64& value) {
   if (apic_) {
     if (const MsrResult result = apic_->read_msr(index, value); result != MsrResult::not_mine) return result;
   } else if (index == msr_apic_base) {
@@ -58,7 +71,7 @@ Vcpu::MsrResult Vcpu::read_msr(u32 index, u64& value) {
   return paravirt_.read_msr(index, value, x86::Initiator::guest);
 }
 
-Vcpu::MsrResult Vcpu::write_msr(u32 index, u64 value) {
+Vcpu::MsrResult Vcpu::write_own_msr(u32 index, u64 value) {
   if (apic_) {
     if (const MsrResult result = apic_->write_msr(index, value); result != MsrResult::not_mine) return result;
   } else if (index == msr_apic_base) {

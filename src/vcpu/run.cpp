@@ -183,8 +183,8 @@ int Vcpu::handle_exit() {
     case ExitKind::shutdown: return exit_to_client(KVM_EXIT_SHUTDOWN);
     case ExitKind::memory_error: return -EFAULT;
     case ExitKind::msr_read:
-    case ExitKind::msr_write:
-    case ExitKind::debug:
+    case ExitKind::msr_write: return exit_msr();
+    case ExitKind::debug: return exit_debug();
     case ExitKind::internal_error: return exit_internal_error();
   }
   return exit_internal_error();
@@ -214,9 +214,22 @@ int Vcpu::exit_pio() {
 }
 
 int Vcpu::exit_halt() {
-  if (!apic_) return exit_to_client(KVM_EXIT_HLT);
+  if (!apic_ && !vm_->halts_in_guest()) return exit_to_client(KVM_EXIT_HLT);
   mp_state_ = KVM_MP_STATE_HALTED;
   return go_on;
+}
+
+int Vcpu::exit_debug() {
+  const x86::Exit& exit = cpu_.exit;
+  if (exit.halts) {
+    // As in KVM, the halt goes first where it is the client's.
+    if (const int result = exit_halt(); result != go_on) return result;
+  }
+  run_->debug.arch.exception = exit.debug_vector;
+  run_->debug.arch.pc = exit.debug_pc;
+  run_->debug.arch.dr6 = exit.dr6;
+  run_->debug.arch.dr7 = exit.dr7;
+  return exit_to_client(KVM_EXIT_DEBUG);
 }
 
 int Vcpu::exit_hypercall() {
@@ -237,7 +250,7 @@ int Vcpu::exit_hypercall() {
 /// from the kernel the client gets it, as KVM's emulator does both.
 int Vcpu::exit_internal_error() {
   const x86::Exit& exit = cpu_.exit;
-  if (cpu_.state.cpl == 3 && exit.kind == ExitKind::internal_error) {
+  if (cpu_.state.cpl == 3 && exit.kind == ExitKind::internal_error && !vm_->exits_on_emulation_failure()) {
     (void)cpu_.ud();
     cpu_.exit.kind = ExitKind::none;
     if (!guarded([this] { (void)cpu_.deliver_fault(); })) return -EFAULT;
@@ -276,6 +289,13 @@ int Vcpu::complete_exit() {
       cpu_.mmio.reply(run_->mmio.data);
       return needs_reinjection() ? go_on : finish_instruction();  // else it was an event's delivery that asked
     case Pending::mmio_write: cpu_.mmio.pop_write(); return next_mmio_write();
+    case Pending::msr: {
+      if (moved) return go_on;
+      msr_answered_ = true;
+      const int result = finish_instruction();
+      msr_answered_ = false;
+      return result;
+    }
     case Pending::hypercall:
       cpu_.state.gpr[x86::rax] =
           cpu_.state.code_bits == 64 ? run_->hypercall.ret : static_cast<u32>(run_->hypercall.ret);

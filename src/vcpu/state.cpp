@@ -252,6 +252,23 @@ int Vcpu::set_debugregs(const kvm_debugregs& regs) {
   return 0;
 }
 
+/// Until the client takes it back, #DB (or #BP) is its own, and so may be the debug registers. api.rst 4.87.
+int Vcpu::set_guest_debug(const kvm_guest_debug& debug) {
+  std::lock_guard lock(mutex_);
+  if (debug.control & (KVM_GUESTDBG_INJECT_DB | KVM_GUESTDBG_INJECT_BP)) {
+    x86::EventState& event = cpu_.state.event;
+    if (event.exception_pending || event.exception_injected) return -EBUSY;
+    event.exception_pending = true;
+    event.exception_vector = debug.control & KVM_GUESTDBG_INJECT_DB ? x86::exception::db : x86::exception::bp;
+    event.exception_has_error = event.exception_has_payload = false;
+  }
+  cpu_.guest_debug.control = debug.control & KVM_GUESTDBG_ENABLE ? debug.control : 0;
+  for (unsigned n = 0; n < 4; ++n) cpu_.guest_debug.dr[n] = debug.arch.debugreg[n];
+  cpu_.guest_debug.dr7 = debug.arch.debugreg[7];
+  cpu_.update_debug();
+  return 0;
+}
+
 int Vcpu::get_xcrs(kvm_xcrs& xcrs) {
   std::lock_guard lock(mutex_);
   xcrs = {};

@@ -73,6 +73,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int set_vcpu_events(const kvm_vcpu_events& events);
   int get_debugregs(kvm_debugregs& regs);
   int set_debugregs(const kvm_debugregs& regs);
+  int set_guest_debug(const kvm_guest_debug& debug);
   int set_cpuid2(std::span<const kvm_cpuid_entry2> entries);
   /// Fills entries, count becomes their number; E2BIG (count set to what is needed) when there is too little room.
   int get_cpuid2(std::span<kvm_cpuid_entry2> entries, u32& count);
@@ -121,7 +122,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
 
  private:
   /// What the client's answer in kvm_run belongs to.
-  enum class Pending : u8 { none, pio_in, mmio_read, mmio_write, hypercall };
+  enum class Pending : u8 { none, pio_in, mmio_read, mmio_write, hypercall, msr };
   /// Requests that INIT and start-up IPIs make.
   static constexpr u32 init_request = 1, sipi_request = 2;
   /// run_loop() and what it calls: go on in the guest, or return from KVM_RUN with 0 or -errno.
@@ -140,6 +141,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int next_mmio_write();
   int exit_pio();
   int exit_halt();
+  int exit_debug();
   int exit_hypercall();
   int exit_internal_error();
   int sync_regs_in();
@@ -174,6 +176,14 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   bool wants_interrupt_window();
   bool needs_reinjection() const;
   void reset_after_init();
+
+  // machine.cpp, user_msr.cpp
+  MsrResult read_own_msr(u32 index, u64& value);
+  MsrResult write_own_msr(u32 index, u64 value);
+  MsrResult read_filtered_msr(u32 index, u64& value);
+  MsrResult write_filtered_msr(u32 index, u64 value);
+  MsrResult fail_msr(x86::ExitKind kind, u32 index, u64 value, u32 reason);
+  int exit_msr();
 
   // wait.cpp
   int block();
@@ -219,10 +229,12 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   Pending pending_ = Pending::none;
   u64 pending_rip_ = 0;  ///< the client's answer is dropped when it has set another RIP
   u32 mp_state_;
-  u64 apic_base_ = 0;       ///< without a local APIC
-  u64 cr8_ = 0;             ///< without a local APIC
-  int client_vector_ = -1;  ///< of KVM_INTERRUPT, with a local APIC but no PIC
-  Gpa vapic_ = 0;           ///< KVM_SET_VAPIC_ADDR; 0: none
+  u64 apic_base_ = 0;          ///< without a local APIC
+  u64 cr8_ = 0;                ///< without a local APIC
+  int client_vector_ = -1;     ///< of KVM_INTERRUPT, with a local APIC but no PIC
+  bool msr_answered_ = false;  ///< kvm_run holds the client's answer for the RDMSR or WRMSR that starts again
+  u32 msr_reason_ = 0;         ///< KVM_MSR_EXIT_REASON_* of the exit
+  Gpa vapic_ = 0;              ///< KVM_SET_VAPIC_ADDR; 0: none
   bool has_run_ = false;
   bool check_state_ = true;                  ///< the client has set registers since the last entry
   bool window_wanted_ = false;               ///< an event waits for the interrupt window to open

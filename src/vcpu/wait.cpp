@@ -84,7 +84,7 @@ int Vcpu::block() {
     bool has_event = false;
     if (!guarded([&] { has_event = has_events(); })) return -EFAULT;
     if (has_event) break;
-    if (signal_arrived()) return go_on;
+    if (signal_arrived() || (wants_interrupt_window() && ready_for_client_interrupt())) return go_on;
     wait(ticket);
   }
   accept_init_sipi();

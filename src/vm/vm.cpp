@@ -14,6 +14,7 @@
 #include "vm/ioeventfd.h"
 #include "vm/irq_routing.h"
 #include "vm/irqfd.h"
+#include "vm/msr_filter.h"
 
 namespace anykvm::vm {
 
@@ -219,6 +220,21 @@ int Vm::enable_cap(const kvm_enable_cap& cap) {
       max_vcpu_ids_ = static_cast<u32>(value);
       max_vcpu_ids_set_ = true;
       return 0;
+    case KVM_CAP_X86_USER_SPACE_MSR:
+      if (value & ~u64{KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER})
+        return -EINVAL;
+      user_space_msrs_.store(static_cast<u32>(value));
+      intercepts_msrs_.store(value != 0 || msr_filter_owner_);
+      return 0;
+    case KVM_CAP_EXIT_ON_EMULATION_FAILURE:
+      if (value > 1) return -EINVAL;
+      exits_on_emulation_failure_.store(value != 0);
+      return 0;
+    case KVM_CAP_X86_DISABLE_EXITS:
+      // PAUSE and C-states never exit; MWAIT is as on a host that cannot leave it to the guest.
+      if (value & ~u64{KVM_X86_DISABLE_VALID_EXITS}) return -EINVAL;
+      if (value & KVM_X86_DISABLE_EXITS_HLT) halts_in_guest_.store(true);
+      return 0;
     case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: {
       constexpr u64 all = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
       if (value & ~(value & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE ? all : u64{KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}))
@@ -229,6 +245,19 @@ int Vm::enable_cap(const kvm_enable_cap& cap) {
     case KVM_CAP_HALT_POLL: return value >> 32 ? -EINVAL : 0;  // a halt never polls, so that any limit is kept
     default: return -EINVAL;
   }
+}
+
+int Vm::x86_set_msr_filter(const kvm_msr_filter& filter) {
+  std::unique_ptr<const MsrFilter> next;
+  if (const int error = MsrFilter::create(filter, next)) return error;
+  {
+    std::lock_guard lock(mutex_);
+    msr_filter_.store(next.get(), std::memory_order_seq_cst);
+    msr_filter_owner_.swap(next);
+    intercepts_msrs_.store(msr_filter_owner_ || user_space_msrs_.load() != 0);
+  }
+  flush_all_tlbs();  // when it returns, no vCPU reads the old one
+  return 0;
 }
 
 /// No kind of device is made this way on x86 but VFIO's file, which this is built without.

@@ -35,6 +35,7 @@ namespace anykvm::vm {
 class IoEventFds;
 class IrqFds;
 class IrqRouting;
+class MsrFilter;
 
 class Vm : public std::enable_shared_from_this<Vm> {
  public:
@@ -87,6 +88,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
   int set_tsc_khz(u32 khz);  ///< for vCPUs created from now on; 0: the host's
 
   int enable_cap(const kvm_enable_cap& cap);
+  int x86_set_msr_filter(const kvm_msr_filter& filter);
   int create_device(const kvm_create_device& device);
 
   // --- for the vCPUs --------------------------------------------------------------------------------------------
@@ -100,6 +102,13 @@ class Vm : public std::enable_shared_from_this<Vm> {
   bool exception_payload_enabled() const { return exception_payload_.load(std::memory_order_relaxed); }
   bool triple_fault_event_enabled() const { return triple_fault_event_.load(std::memory_order_relaxed); }
   u64 hypercall_exits_enabled() const { return hypercall_exits_.load(std::memory_order_relaxed); }
+  /// Whether any of the next two is set.
+  bool intercepts_msrs() const { return intercepts_msrs_.load(std::memory_order_relaxed); }
+  u32 user_space_msrs() const { return user_space_msrs_.load(std::memory_order_relaxed); }  ///< KVM_MSR_EXIT_REASON_*
+  /// nullptr: all are allowed. Good while the caller is in guest mode.
+  const MsrFilter* msr_filter() const { return msr_filter_.load(std::memory_order_acquire); }
+  bool halts_in_guest() const { return halts_in_guest_.load(std::memory_order_relaxed); }
+  bool exits_on_emulation_failure() const { return exits_on_emulation_failure_.load(std::memory_order_relaxed); }
   bool is_boot_cpu(u32 id) const { return id == boot_cpu_id_; }
   bool has_local_apics() const { return chips_published_.load(std::memory_order_acquire) != nullptr; }
 
@@ -136,6 +145,11 @@ class Vm : public std::enable_shared_from_this<Vm> {
   std::atomic<u32> default_tsc_khz_;
   std::atomic<bool> exception_payload_{false}, triple_fault_event_{false};
   std::atomic<u64> hypercall_exits_{0};
+  std::atomic<bool> halts_in_guest_{false}, exits_on_emulation_failure_{false};
+  std::unique_ptr<const MsrFilter> msr_filter_owner_;  ///< under mutex_
+  std::atomic<const MsrFilter*> msr_filter_{nullptr};
+  std::atomic<u32> user_space_msrs_{0};
+  std::atomic<bool> intercepts_msrs_{false};
 };
 
 }  // namespace anykvm::vm

@@ -124,13 +124,23 @@ bool is_listed(u32 index) {
   return false;
 }
 
-}  // namespace
-
-bool get_msr(const Cpu& cpu, u32 index, u64& value, Initiator initiator) {
+MsrAccess get_any_msr(const Cpu& cpu, u32 index, u64& value, Initiator initiator) {
   MsrAccess result = get_core_msr(cpu, index, value, initiator == Initiator::host);
   if (result == MsrAccess::unknown) result = get_memory_type_msr(cpu, index, value);
   if (result == MsrAccess::unknown) result = get_machine_check_msr(cpu, index, value, initiator);
   if (result == MsrAccess::unknown) result = get_model_msr(cpu, index, value, initiator);
+  return result;
+}
+
+}  // namespace
+
+bool is_known_msr(const Cpu& cpu, u32 index) {
+  u64 value;
+  return get_any_msr(cpu, index, value, Initiator::guest) != MsrAccess::unknown;
+}
+
+bool get_msr(const Cpu& cpu, u32 index, u64& value, Initiator initiator) {
+  const MsrAccess result = get_any_msr(cpu, index, value, initiator);
   if (result == MsrAccess::done) return true;
   value = 0;
   // A client may read whatever the list names, and write 0 to it.

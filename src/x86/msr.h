@@ -20,6 +20,9 @@ enum class Initiator : u8 { guest, host };
 bool get_msr(const Cpu& cpu, u32 index, u64& value, Initiator initiator);
 bool set_msr(Cpu& cpu, u32 index, u64 value, Initiator initiator);
 
+/// Whether there is an MSR with this number at all, whoever may read it.
+bool is_known_msr(const Cpu& cpu, u32 index);
+
 /// KVM_GET_MSR_INDEX_LIST: every MSR that holds state, the local APIC's and the paravirtual ones included.
 std::span<const u32> msr_index_list();
 /// KVM_GET_MSR_FEATURE_INDEX_LIST, and KVM_GET_MSRS on the system fd.
