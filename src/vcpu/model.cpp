@@ -185,7 +185,10 @@ int Vcpu::get_xsave2(std::span<u8> area) {
 
 int Vcpu::set_xsave(std::span<const u8> area) {
   std::lock_guard lock(mutex_);
-  return x86::xsave_to_fpu(cpu_.state.fpu, x86::supported_xcr0(), area) ? 0 : -EINVAL;
+  const u32 pkru = cpu_.state.fpu.pkru;
+  if (!x86::xsave_to_fpu(cpu_.state.fpu, x86::supported_xcr0(), area)) return -EINVAL;
+  if (cpu_.state.fpu.pkru != pkru) cpu_.mmu.flush_all();
+  return 0;
 }
 
 // --- time ---------------------------------------------------------------------------------------------------------

@@ -332,7 +332,7 @@ bool Vcpu::guest_state_is_valid() const {
   if (state.other_flags & x86::flag::vm) return false;
   const x86::Segment& cs = state.segment[x86::cs];
   if (!cs.l) return state.rip >> 32 == 0;
-  return !cs.db && x86::canonical(state.rip);
+  return !cs.db && cpu_.canonical(state.rip);
 }
 
 void Vcpu::save_run_state() {

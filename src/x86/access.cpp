@@ -25,6 +25,13 @@ Result translate_parts(Cpu& cpu, Gva gva, unsigned size, Access access, Privileg
   return Result::ok;
 }
 
+/// #AC: accesses of 2, 4 and 8 bytes, and the x87 unit's of 10, must be aligned where the guest's user code asked for
+/// it. (Wider ones are of instructions that check for themselves, or need not.)
+Result check_alignment(Cpu& cpu, Gva gva, unsigned size) {
+  const unsigned mask = size == 2 || size == 4 || size == 8 ? size - 1 : size == 10 ? 7 : 0;
+  return gva & mask ? cpu.raise(exception::ac, 0) : Result::ok;
+}
+
 /// Devices see at most 8 bytes at once, as KVM hands them out.
 Result read_mmio(Cpu& cpu, Gpa gpa, u8* data, unsigned size) {
   while (size) {
@@ -90,6 +97,7 @@ Result write_parts(Cpu& cpu, const Operand::Part (&parts)[2], const u8* data) {
 }  // namespace
 
 Result Cpu::read_slow(Gva gva, void* data, unsigned size, Privilege privilege) {
+  if (privilege == Privilege::user_aligned) ANYKVM_TRY(check_alignment(*this, gva, size));
   Operand::Part parts[2];
   ANYKVM_TRY(translate_parts(*this, gva, size, Access::read, privilege, parts));
   if (debug_watch & watch_data) [[unlikely]]
@@ -98,6 +106,7 @@ Result Cpu::read_slow(Gva gva, void* data, unsigned size, Privilege privilege) {
 }
 
 Result Cpu::write_slow(Gva gva, const void* data, unsigned size, Privilege privilege) {
+  if (privilege == Privilege::user_aligned) ANYKVM_TRY(check_alignment(*this, gva, size));
   Operand::Part parts[2];
   ANYKVM_TRY(translate_parts(*this, gva, size, Access::write, privilege, parts));
   if (debug_watch & watch_data) [[unlikely]]
@@ -107,6 +116,7 @@ Result Cpu::write_slow(Gva gva, const void* data, unsigned size, Privilege privi
 
 Result Cpu::open_operand_slow(Use use, Operand& operand) {
   const Access access = use == Use::read ? Access::read : Access::write;
+  if (data_privilege == Privilege::user_aligned) ANYKVM_TRY(check_alignment(*this, operand.gva, operand.size));
   ANYKVM_TRY(translate_parts(*this, operand.gva, operand.size, access, data_privilege, operand.parts));
   if (debug_watch & watch_data) [[unlikely]]
     note_data_access(operand.gva, operand.size, access);

@@ -50,12 +50,12 @@ Result write_cr0(Cpu& cpu, u64 value) {
 Result write_cr3(Cpu& cpu, u64 value) {
   CpuState& s = cpu.state;
   const bool pcid = s.long_mode() && s.cr4 & cr4::pcide;
+  const bool keeps = pcid && value & cr3_no_flush;
   if (pcid) value &= ~cr3_no_flush;
   if (value & cr3_reserved(cpu, s.long_mode())) return cpu.gp();
   if (pae_paging(s.cr0, s.cr4, s.msr.efer) && !load_pdptes(cpu, value)) return cpu.gp();
   s.cr3 = value;
-  // The TLB does not know PCIDs: entries of another one must go whether or not the guest asks for a flush of this one.
-  cpu.mmu.flush_non_global();
+  cpu.enter_address_space(!keeps);
   return Result::ok;
 }
 
@@ -64,11 +64,12 @@ Result write_cr4(Cpu& cpu, u64 value) {
   if (value & cr4_reserved(cpu)) return cpu.gp();
   const u64 changed = value ^ s.cr4;
   if (s.long_mode() && !(value & cr4::pae)) return cpu.gp();
+  if (changed & cr4::la57 && s.long_mode()) return cpu.gp();
   if (changed & value & cr4::pcide && (!s.long_mode() || s.cr3 & 0xfff)) return cpu.gp();
   constexpr u64 paging_bits = cr4::pse | cr4::pae | cr4::pge | cr4::smep;
   if (changed & paging_bits && pae_paging(s.cr0, value, s.msr.efer) && !load_pdptes(cpu, s.cr3)) return cpu.gp();
   s.cr4 = value;
-  if (changed & (paging_bits | cr4::pcide | cr4::smap)) cpu.mmu.flush_all();
+  if (changed & (paging_bits | cr4::pcide | cr4::smap | cr4::pke | cr4::la57)) cpu.mmu.flush_all();
   if (changed & cr4::de) cpu.update_debug();
   cpu.update_mode();
   return Result::ok;
@@ -99,7 +100,8 @@ u64 cr4_reserved(const Cpu& cpu) {
     Feature feature;
     u64 bit;
   } rows[] = {{Feature::xsave, cr4::osxsave},     {Feature::smep, cr4::smep}, {Feature::smap, cr4::smap},
-              {Feature::fsgsbase, cr4::fsgsbase}, {Feature::umip, cr4::umip}, {Feature::pcid, cr4::pcide}};
+              {Feature::fsgsbase, cr4::fsgsbase}, {Feature::umip, cr4::umip}, {Feature::pcid, cr4::pcide},
+              {Feature::pku, cr4::pke},           {Feature::la57, cr4::la57}};
   for (const auto& row : rows) {
     if (!cpu.cpuid.has(row.feature)) reserved |= row.bit;
   }
@@ -126,9 +128,16 @@ void Cpu::update_mode() {
   s.code_bits = s.long_mode() && s.segment[cs].l ? 64 : s.segment[cs].db ? 32 : 16;
   const bool smap = s.cr4 & cr4::smap;
   system_privilege = smap ? Privilege::supervisor : Privilege::supervisor_ac;
-  data_privilege = s.cpl == 3                            ? Privilege::user
+  const bool checks_alignment = s.cpl == 3 && s.cr0 & cr0::am && s.other_flags & flag::ac;
+  data_privilege = checks_alignment                      ? Privilege::user_aligned
+                   : s.cpl == 3                          ? Privilege::user
                    : smap && !(s.other_flags & flag::ac) ? Privilege::supervisor
                                                          : Privilege::supervisor_ac;
+}
+
+void Cpu::enter_address_space(bool flush) {
+  const u16 pcid = state.cr4 & cr4::pcide ? u16(state.cr3 & 0xfff) : 0;
+  mmu.enter_context(pcid, state.cr4 & cr4::pke ? state.fpu.pkru : 0, flush);
 }
 
 Result Cpu::write_cr(unsigned index, u64 value) {

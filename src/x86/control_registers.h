@@ -8,7 +8,7 @@ namespace anykvm::x86 {
 /// CR4 bits that some guest can have; everything else is reserved for all.
 inline constexpr u64 cr4_supported = cr4::vme | cr4::pvi | cr4::tsd | cr4::de | cr4::pse | cr4::pae | cr4::mce |
                                      cr4::pge | cr4::pce | cr4::osfxsr | cr4::osxmmexcpt | cr4::umip | cr4::fsgsbase |
-                                     cr4::pcide | cr4::osxsave | cr4::smep | cr4::smap;
+                                     cr4::pcide | cr4::osxsave | cr4::smep | cr4::smap | cr4::pke | cr4::la57;
 
 /// CR4 bits that this guest's CPUID reserves. Without CPUID (before KVM_SET_CPUID2) it may have all that are supported.
 u64 cr4_reserved(const Cpu& cpu);

@@ -105,8 +105,9 @@ inline void copy_host(void* to, const void* from, unsigned size) {
 }
 #pragma GCC diagnostic pop
 
-/// Bits 63:47 all alike: an address that 4-level paging can translate.
+/// Bits 63:47 all alike: an address that 4-level paging can translate. Cpu::canonical() knows of 5 levels.
 inline bool canonical(u64 address) { return u64(s64(address << 16) >> 16) == address; }
+inline bool canonical57(u64 address) { return u64(s64(address << 7) >> 7) == address; }
 
 class Cpu {
  public:
@@ -159,6 +160,16 @@ class Cpu {
   // --- rights of data accesses; kept by update_mode() -----------------------------------------------------------
   Privilege data_privilege = Privilege::supervisor_ac;    ///< explicit accesses at the current CPL and AC
   Privilege system_privilege = Privilege::supervisor_ac;  ///< implicit supervisor accesses
+  /// An address that the paging mode can translate.
+  bool canonical(u64 address) const {
+    return x86::canonical(address) || (state.cr4 & cr4::la57 && x86::canonical57(address));
+  }
+  /// A base or MSR that holds an address: what the CPU's widest paging mode could translate.
+  bool canonical_base(u64 address) const {
+    return x86::canonical(address) || (cpuid.has(Feature::la57) && x86::canonical57(address));
+  }
+  /// The address space or PKRU has changed: what of the TLB is in force follows. `flush`: as MOV CR3 does.
+  void enter_address_space(bool flush);
   /// Recomputes code_bits, cpl-derived rights and whatever else follows from CR0, CR4, EFER, CS, SS and RFLAGS.AC/VM.
   /// Call after any change of those.
   void update_mode();

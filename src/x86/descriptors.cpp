@@ -94,7 +94,7 @@ Result mark_accessed(Cpu& cpu, Descriptor& descriptor) {
 }
 
 Result check_target(Cpu& cpu, const Segment& code, u64 rip, u32 ext) {
-  const bool fits = cpu.state.long_mode() && code.l ? canonical(rip) : rip <= code.limit;
+  const bool fits = cpu.state.long_mode() && code.l ? cpu.canonical(rip) : rip <= code.limit;
   return fits ? Result::ok : cpu.raise(exception::gp, ext);
 }
 

@@ -87,7 +87,7 @@ Result deliver_long(Cpu& cpu, const Delivery& event) {
   frame[n++] = s.gpr[rsp];
   frame[n++] = s.segment[ss].selector;
   stack -= 8 * n;
-  if (!canonical(stack) || !canonical(stack + 8 * n - 1)) return cpu.raise(exception::ss, ext);
+  if (!cpu.canonical(stack) || !cpu.canonical(stack + 8 * n - 1)) return cpu.raise(exception::ss, ext);
   ANYKVM_TRY(cpu.write_as(stack, frame, 8 * n, stack_privilege(cpu, new_cpl)));
 
   s.gpr[rsp] = stack;

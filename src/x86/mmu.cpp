@@ -1,9 +1,13 @@
-// The software TLB: three tables (one per privilege) of 4096 entries, direct-mapped by page number. A flush starts a
-// new generation, which no old tag matches; the tables are only cleared when the generation number wraps.
+// The software TLB: a table per privilege of 4096 entries, direct-mapped by page number.
+//
+// Tags carry a generation, and each address space (PCID) that is kept has its own: MOV CR3 chooses the generation and
+// touches no memory, a flush takes a new one, and the tables are only cleared when the numbers wrap. Entries of global
+// pages are valid in every generation: the first miss under another one finds them and gives them its number.
 #include "x86/mmu.h"
 
 #include <sys/mman.h>
 
+#include <cstring>
 #include <new>
 
 #include "x86/cpu.h"
@@ -14,40 +18,67 @@ namespace anykvm::x86 {
 
 namespace {
 
-constexpr unsigned privileges = 3;
+constexpr unsigned privileges = 4;
 constexpr std::size_t table_bytes = privileges * Mmu::entries * sizeof(TlbEntry);
+constexpr std::size_t global_bytes = privileges * Mmu::entries * sizeof(u16);
 constexpr u64 last_generation = page_size - 1;
 
 u64& tag_of(TlbEntry& entry, Access access) {
   return access == Access::read ? entry.read : access == Access::write ? entry.write : entry.fetch;
 }
 
+template <unsigned shift>
+unsigned region_bit(Gva gva) {
+  return unsigned(gva >> shift ^ gva >> (shift + 12)) % 4096;
+}
+void set_bit(u64* map, unsigned bit) { map[bit / 64] |= 1ull << (bit % 64); }
+bool has_bit(const u64* map, unsigned bit) { return map[bit / 64] >> (bit % 64) & 1; }
+
+u64 key_of(u16 pcid, u32 pkru) { return u64(pkru) << 16 | pcid; }
+
 }  // namespace
 
 Mmu::Mmu() {
-  void* memory = mmap(nullptr, table_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory = mmap(nullptr, table_bytes + global_bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   table_ = static_cast<Table*>(memory);
+  global_ = reinterpret_cast<GlobalTable*>(static_cast<u8*>(memory) + table_bytes);
 }
 
-Mmu::~Mmu() { munmap(table_, table_bytes); }
+Mmu::~Mmu() { munmap(table_, table_bytes + global_bytes); }
+
+/// A global page's entry that another address space has made becomes the current one's. All tags of an entry have one
+/// generation.
+bool Mmu::revive_global(unsigned privilege, unsigned slot, Gva page) {
+  if (global_[privilege][slot] != global_generation_) return false;
+  TlbEntry& entry = table_[privilege][slot];
+  if (((entry.read | entry.write | entry.fetch) & page_mask) != page) return false;
+  for (u64* tag : {&entry.read, &entry.write, &entry.fetch})
+    if (*tag) *tag = page | generation_;
+  return true;
+}
 
 Result Mmu::translate(Cpu& cpu, Gva gva, Access access, Privilege privilege, Translation& out, bool is_stack) {
-  if (u8* host = lookup(gva, 1, access, privilege)) {
+  if (privilege == Privilege::user_aligned) privilege = Privilege::user;
+  u8* known = lookup(gva, 1, access, privilege);
+  if (!known && revive_global(unsigned(privilege), slot(gva), gva & page_mask))
+    known = lookup(gva, 1, access, privilege);
+  if (known) {
     // The physical address is of no use to whoever gets a host pointer; only MMIO needs it, and is never in the TLB.
-    out = {0, host};
+    out = {0, known};
     return Result::ok;
   }
   const CpuState& s = cpu.state;
   if (s.long_mode()) {
-    if (!canonical(gva)) return cpu.raise(is_stack ? exception::ss : exception::gp, 0);
+    if (!cpu.canonical(gva)) return cpu.raise(is_stack ? exception::ss : exception::gp, 0);
   } else {
     gva = u32(gva);
   }
   PageWalk walk;
   if (!s.paging()) {
     walk.page = gva & page_mask;
-  } else if (!walk_page(cpu, gva, access, privilege, walk)) {
+  } else if (++walks; !walk_page(cpu, gva, access, privilege, walk)) {
     return cpu.raise_page_fault(gva, walk.error);
   }
 
@@ -63,20 +94,20 @@ Result Mmu::translate(Cpu& cpu, Gva gva, Access access, Privilege privilege, Tra
   TlbEntry& entry = table_[unsigned(privilege)][slot(gva)];
   if ((entry.read != tag && entry.write != tag && entry.fetch != tag) || entry.addend != addend) {
     entry = {.addend = addend};
+    global_[unsigned(privilege)][slot(gva)] = walk.global ? global_generation_ : 0;
   }
   tag_of(entry, access) = tag;
   if (access == Access::write) entry.read = tag;  // what may be written may be read
-  if (walk.large) {
-    Range& range = large_[gva >> 63];
-    if (linear_page < range.low) range.low = linear_page;
-    if (linear_page > range.high) range.high = linear_page;
+  if (walk.large) {                               // a 4 MiB page marks the halves of it that are used
+    set_bit(large_2m_, region_bit<21>(gva));
+    if (walk.huge) set_bit(large_1g_, region_bit<30>(gva));
   }
   return Result::ok;
 }
 
 bool Mmu::probe(Cpu& cpu, Gva gva, Gpa& out) {
   if (cpu.state.long_mode()) {
-    if (!canonical(gva)) return false;
+    if (!cpu.canonical(gva)) return false;
   } else {
     gva = u32(gva);
   }
@@ -90,29 +121,62 @@ bool Mmu::probe(Cpu& cpu, Gva gva, Gpa& out) {
   return true;
 }
 
-void Mmu::flush_all() {
-  large_[0] = large_[1] = {};
-  if (generation_++ != last_generation) return;
-  generation_ = 1;
-  madvise(table_, table_bytes, MADV_DONTNEED);
+void Mmu::clear_tables() {
+  madvise(table_, table_bytes + global_bytes, MADV_DONTNEED);
+  for (Context& context : contexts_) context = {};
+  newest_generation_ = 0;
+  global_generation_ = 1;
 }
 
-// Global pages are entered like the others: dropping too much is allowed, and costs less than keeping two generations.
-void Mmu::flush_non_global() { flush_all(); }
+u64 Mmu::new_generation() {
+  if (newest_generation_ == last_generation) clear_tables();
+  return ++newest_generation_;
+}
+
+void Mmu::enter_context(u16 pcid, u32 pkru, bool flush) {
+  if (flush) flush_context(pcid);
+  current_key_ = key_of(pcid, pkru);
+  for (const Context& context : contexts_) {
+    if (context.generation && context.key == current_key_) {
+      generation_ = context.generation;
+      return;
+    }
+  }
+  generation_ = new_generation();
+  contexts_[next_context_++ % context_count] = {current_key_, generation_};
+}
+
+void Mmu::flush_context(u16 pcid) {
+  for (Context& context : contexts_)
+    if (u16(context.key) == pcid) context = {};
+  if (u16(current_key_) == pcid) generation_ = new_generation();
+}
+
+// The current address space goes on under a number that is in no context: whoever sets CR3 without MOV CR3 flushes, and
+// must not leave entries under the name of the address space before.
+void Mmu::flush_non_global() {
+  for (Context& context : contexts_) context = {};
+  generation_ = new_generation();
+}
+
+void Mmu::flush_all() {
+  if (++global_generation_ == 0) clear_tables();
+  std::memset(large_2m_, 0, sizeof large_2m_);
+  std::memset(large_1g_, 0, sizeof large_1g_);
+  flush_non_global();
+}
 
 void Mmu::flush_page(Cpu& cpu, Gva gva) {
   if (!cpu.state.long_mode()) gva = u32(gva);
-  // A large page may have been entered as many small ones. Their extent is not kept: 1 GiB covers any of them.
-  constexpr u64 largest = 1ull << 30;
-  const u64 start = gva & ~(largest - 1), end = start + (largest - 1);
-  if (const Range& range = large_[gva >> 63]; range.low <= end && range.high >= start) {
+  // A large page may have been entered as many small ones.
+  if (has_bit(large_2m_, region_bit<21>(gva)) || has_bit(large_1g_, region_bit<30>(gva)) ||
+      (!cpu.state.long_mode() && has_bit(large_2m_, region_bit<21>(gva ^ 1u << 21)))) {
     flush_all();
     return;
   }
   for (unsigned privilege = 0; privilege < privileges; ++privilege) {
     TlbEntry& entry = table_[privilege][slot(gva)];
-    const u64 tag = (gva & page_mask) | generation_;
-    if (entry.read == tag || entry.write == tag || entry.fetch == tag) entry = {};
+    if (((entry.read | entry.write | entry.fetch) & page_mask) == (gva & page_mask)) entry = {};
   }
 }
 

@@ -15,8 +15,9 @@ enum class Access : u8 { read, write, fetch };
 
 /// Whose rights an access has. `user` is CPL 3. `supervisor_ac` is CPL < 3 where SMAP does not hold
 /// (EFLAGS.AC set, or CR4.SMAP clear); `supervisor` is an access under SMAP, which implicit ones (descriptor tables,
-/// TSS, event delivery) always are when CR4.SMAP is set.
-enum class Privilege : u8 { user, supervisor, supervisor_ac };
+/// TSS, event delivery) always are when CR4.SMAP is set. `user_aligned` is CPL 3 with alignment checks (CR0.AM and
+/// EFLAGS.AC): the TLB never has it, so that every access meets the check on the slow path.
+enum class Privilege : u8 { user, supervisor, supervisor_ac, user_aligned };
 
 /// One page as one kind of access sees it. A tag is the page's address with the TLB's generation in its low 12 bits.
 struct TlbEntry {
@@ -55,18 +56,42 @@ class Mmu {
   /// KVM_TRANSLATE and debuggers: no side effects, no faults.
   bool probe(Cpu& cpu, Gva gva, Gpa& out);
 
+  /// Whose entries are looked up from now on: the address space `pcid` (0 without CR4.PCIDE) under the protection keys
+  /// `pkru` (0 without CR4.PKE). `flush` drops what is kept of that address space; global pages stay.
+  void enter_context(u16 pcid, u32 pkru, bool flush);
+
   void flush_all();         ///< everything, global pages too
-  void flush_non_global();  ///< MOV CR3 without PCID's no-flush bit
-  void flush_page(Cpu& cpu, Gva gva);
+  void flush_non_global();  ///< every address space, not the global pages
+  void flush_context(u16 pcid);
+  void flush_page(Cpu& cpu, Gva gva);  ///< in every address space, global or not
+
+  u64 walks = 0;  ///< page walks since the CPU was made
 
  private:
   using Table = TlbEntry[entries];
-  Table* table_;        ///< [3], mapped lazily so that an idle CPU costs no memory
-  u64 generation_ = 1;  ///< 1..4095
-  /// Where large pages were entered since the last flush, in the lower and in the upper half of the address space.
-  struct Range {
-    u64 low = ~0ull, high = 0;
-  } large_[2];
+  using GlobalTable = u16[entries];
+  /// An address space whose entries are kept while another one is current.
+  struct Context {
+    u64 key = 0;         ///< PCID, PKRU
+    u64 generation = 0;  ///< 0: free
+  };
+  static constexpr unsigned context_count = 16;
+
+  u64 new_generation();
+  void clear_tables();
+  bool revive_global(unsigned privilege, unsigned slot, Gva page);
+
+  Table* table_;         ///< [4], mapped lazily so that an idle CPU costs no memory
+  GlobalTable* global_;  ///< [4]: the global generation under which an entry was made of a global page; 0: it was not
+  u64 generation_ = 1;   ///< of the current address space: 1..4095
+  u64 newest_generation_ = 1;  ///< handed out last
+  u16 global_generation_ = 1;
+  u64 current_key_ = 0;
+  Context contexts_[context_count];
+  unsigned next_context_ = 0;
+  /// Which 2 MiB and which 1 GiB regions large pages may have been entered from since flush_all(): one hashed bit each.
+  static constexpr unsigned large_bits = 4096;
+  u64 large_2m_[large_bits / 64] = {}, large_1g_[large_bits / 64] = {};
 };
 
 }  // namespace anykvm::x86

@@ -28,7 +28,6 @@ enum : u32 {
 };
 
 u64 sign_extended(u64 address) { return u64(s64(address << 16) >> 16); }
-bool is_canonical(u64 address) { return sign_extended(address) == address; }
 
 MsrAccess set_efer(Cpu& cpu, u64 value, bool host) {
   CpuState& s = cpu.state;
@@ -96,18 +95,18 @@ MsrAccess set_core_msr(Cpu& cpu, u32 index, u64 value, bool host) {
     case sysenter_esp:
     case sysenter_eip:
       // AMD's have 32 bits. Nobody faults on the others, so that no value can make a later SYSENTER fail.
-      value = cpu.cpuid.vendor() == Vendor::amd ? u32(value) : sign_extended(value);
+      value = cpu.cpuid.vendor() == Vendor::amd ? u32(value) : cpu.canonical_base(value) ? value : sign_extended(value);
       return store(index == sysenter_esp ? s.msr.sysenter_esp : s.msr.sysenter_eip, true);
     case tsc_deadline: return MsrAccess::done;
     case xss: return store(s.msr.xss, (host || cpu.cpuid.has(Feature::xsaves)) && !(value & ~supported_xss));
     case msr_efer: return set_efer(cpu, value, host);
     case star: return store(s.msr.star, true);
-    case lstar: return store(s.msr.lstar, is_canonical(value));
-    case cstar: return store(s.msr.cstar, is_canonical(value));
+    case lstar: return store(s.msr.lstar, cpu.canonical_base(value));
+    case cstar: return store(s.msr.cstar, cpu.canonical_base(value));
     case sfmask: value = u32(value); return store(s.msr.sfmask, true);
-    case fs_base: return store(s.segment[fs].base, is_canonical(value));
-    case gs_base: return store(s.segment[gs].base, is_canonical(value));
-    case kernel_gs_base: return store(s.msr.kernel_gs_base, is_canonical(value));
+    case fs_base: return store(s.segment[fs].base, cpu.canonical_base(value));
+    case gs_base: return store(s.segment[gs].base, cpu.canonical_base(value));
+    case kernel_gs_base: return store(s.msr.kernel_gs_base, cpu.canonical_base(value));
     case tsc_aux: {
       const bool there = host || cpu.cpuid.has(Feature::rdtscp) || cpu.cpuid.has(Feature::rdpid);
       if (cpu.cpuid.vendor() == Vendor::intel && value >> 32) return MsrAccess::refused;

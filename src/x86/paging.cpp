@@ -1,4 +1,4 @@
-// The page walk: 32-bit, PAE and 4-level paging.
+// The page walk: 32-bit, PAE, 4- and 5-level paging.
 // Reference: Intel SDM volume 3 chapter 4; AMD64 manual volume 2 chapter 5.
 //
 // Accessed and dirty bits are set with compare-and-exchange after the rights have been checked, so that a walk that
@@ -9,7 +9,8 @@ namespace anykvm::x86 {
 
 namespace {
 
-constexpr u64 entry_p = 1, entry_w = 2, entry_u = 4, entry_a = 32, entry_d = 64, entry_ps = 128, entry_nx = 1ull << 63;
+constexpr u64 entry_p = 1, entry_w = 2, entry_u = 4, entry_a = 32, entry_d = 64, entry_ps = 128, entry_g = 256,
+              entry_nx = 1ull << 63;
 constexpr u64 address_mask = 0x000ffffffffff000;
 
 constexpr u64 bits(unsigned high, unsigned low) { return (2ull << high) - (1ull << low); }
@@ -45,12 +46,15 @@ bool exchange_entry(u8* host, unsigned bytes, u64 expected, u64 desired) {
 u64 reserved_bits(const Cpu& cpu, const Format& format, unsigned level, bool leaf) {
   const u64 physical = cpu.cpuid.reserved_physical_bits();
   if (format.entry_bytes == 4)  // PSE-36: bits 20:13 of a 4 MiB entry are address bits 39:32
-    return level == 2 && leaf ? bits(21, 21) | ((physical >> 32 & 0xff) << 13) : 0;
+    return level == 2 && leaf
+               ? (cpu.cpuid.is_set() && !cpu.cpuid.has(Feature::pse36) ? bits(21, 13)
+                                                                       : bits(21, 21) | (physical >> 32 & 0xff) << 13)
+               : 0;
   u64 reserved = format.long_mode ? physical & bits(51, 12) : physical & bits(62, 12);
   if (!(cpu.state.msr.efer & efer::nx)) reserved |= entry_nx;
   if (leaf && level == 2) reserved |= bits(20, 13);
   if (leaf && level == 3) reserved |= bits(29, 13);
-  if (level == 4) reserved |= entry_ps;
+  if (level >= 4 || (level == 3 && cpu.cpuid.is_set() && !cpu.cpuid.has(Feature::gbpages))) reserved |= entry_ps;
   if (!leaf && level >= 3 && cpu.cpuid.vendor() == Vendor::amd) reserved |= bits(8, 8);
   return reserved;
 }
@@ -63,7 +67,7 @@ bool update_entry(Cpu& cpu, const Visited& visited, unsigned bytes, u64 set) {
 }
 
 Format format_of(const CpuState& s) {
-  if (s.long_mode()) return {4, 8, 9, true};
+  if (s.long_mode()) return {s.cr4 & cr4::la57 ? 5u : 4u, 8, 9, true};
   if (s.cr4 & cr4::pae) return {2, 8, 9, false};
   return {2, 4, 10, false};
 }
@@ -84,7 +88,7 @@ Outcome attempt(Cpu& cpu, const Format& format, Gva gva, Access access, Privileg
                                         : s.cr3 & 0xfffff000;
   if (!format.long_mode && format.entry_bytes == 8 && !(s.pdpte[gva >> 30 & 3] & entry_p)) return Outcome::fault;
 
-  Visited visited[4];
+  Visited visited[5];
   u64 all = ~0ull;  // of the bits that every level must grant
   u64 no_execute = 0;
   unsigned level = format.levels;
@@ -114,6 +118,7 @@ Outcome attempt(Cpu& cpu, const Format& format, Gva gva, Access access, Privileg
   if (format.entry_bytes == 4) base = (leaf & 0xfffff000) | (level == 2 ? (leaf >> 13 & 0xff) << 32 : 0);
   walk.page = ((base & ~offset) | (gva & offset)) & page_mask;
   walk.large = level > 1;
+  walk.huge = level == 3;
   if (!checked) return Outcome::done;
 
   const bool user_page = all & entry_u, writable = all & entry_w;
@@ -127,6 +132,15 @@ Outcome attempt(Cpu& cpu, const Format& format, Gva gva, Access access, Privileg
   }
   if (!user && access == Access::write && !writable && s.cr0 & cr0::wp) allowed = false;
   if (access == Access::fetch && nx_enabled && no_execute) allowed = false;
+  if (format.long_mode && user_page && s.cr4 & cr4::pke && access != Access::fetch) {
+    const unsigned rights = s.fpu.pkru >> (2 * (leaf >> 59 & 15)) & 3;  // access disable, write disable
+    if (rights & 1 || (rights & 2 && access == Access::write && (user || s.cr0 & cr0::wp))) {
+      error |= pf::protection_key;
+      allowed = false;
+    }
+  }
+  // Rights of a user page may depend on PKRU, which is an address space's.
+  walk.global = leaf & entry_g && s.cr4 & cr4::pge && !(user_page && s.cr4 & cr4::pke);
   if (!allowed) {
     walk.error = error | pf::present;
     return Outcome::fault;

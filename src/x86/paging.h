@@ -7,14 +7,16 @@
 namespace anykvm::x86 {
 
 struct PageWalk {
-  Gpa page = 0;        ///< physical address of the 4 KiB page
-  bool large = false;  ///< mapped by more than one 4 KiB page's entry
-  u32 error = 0;       ///< when the walk fails: the page-fault error code
+  Gpa page = 0;         ///< physical address of the 4 KiB page
+  bool large = false;   ///< mapped by more than one 4 KiB page's entry
+  bool huge = false;    ///< ... by a 1 GiB page
+  bool global = false;  ///< in every address space
+  u32 error = 0;        ///< when the walk fails: the page-fault error code
 };
 
 /// Bits of a page-fault error code.
 namespace pf {
-inline constexpr u32 present = 1, write = 2, user = 4, reserved = 8, fetch = 16;
+inline constexpr u32 present = 1, write = 2, user = 4, reserved = 8, fetch = 16, protection_key = 32;
 }
 
 /// Walks for an access and sets accessed and dirty bits on success. Paging is on.

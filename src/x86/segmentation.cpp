@@ -70,7 +70,7 @@ Result Cpu::load_ldtr(u16 selector) {
   if (descriptor.segment.s || descriptor.segment.type != system_type::ldt) return raise(exception::gp, error);
   if (!descriptor.segment.present) return raise(exception::np, error);
   ANYKVM_TRY(read_upper_half(*this, selector, exception::gp, 0, descriptor));
-  if (!canonical(descriptor.segment.base)) return raise(exception::gp, error);
+  if (!canonical_base(descriptor.segment.base)) return raise(exception::gp, error);
   state.ldtr = descriptor.segment;
   return Result::ok;
 }
@@ -86,7 +86,7 @@ Result Cpu::load_tr(u16 selector) {
   if (descriptor.segment.s || !available) return raise(exception::gp, error);
   if (!descriptor.segment.present) return raise(exception::np, error);
   ANYKVM_TRY(read_upper_half(*this, selector, exception::gp, 0, descriptor));
-  if (!canonical(descriptor.segment.base)) return raise(exception::gp, error);
+  if (!canonical_base(descriptor.segment.base)) return raise(exception::gp, error);
   descriptor.segment.type |= 2;  // busy
   const u8 byte = u8(descriptor.low >> 40 | 2);
   ANYKVM_TRY(write_as(descriptor.address + 5, &byte, 1, system_privilege));

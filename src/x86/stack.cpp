@@ -9,7 +9,7 @@ Result read_tss_rsp(Cpu& cpu, unsigned index, u32 ext, u64& rsp) {
   const u32 offset = 4 + 8 * index;
   if (offset + 7 > tr.limit) return cpu.raise(exception::ts, selector_error(tr.selector, ext));
   ANYKVM_TRY(cpu.read_as(tr.base + offset, &rsp, 8, cpu.system_privilege));
-  return canonical(rsp) ? Result::ok : cpu.raise(exception::ss, ext);
+  return cpu.canonical(rsp) ? Result::ok : cpu.raise(exception::ss, ext);
 }
 
 Result read_tss_stack(Cpu& cpu, u8 dpl, u32 ext, Segment& segment, u64& rsp) {

@@ -45,7 +45,7 @@ class Stack {
   Result address(unsigned bytes, Gva& gva) {
     if (flat_) {
       gva = rsp_;
-      return canonical(gva) && canonical(gva + bytes - 1) ? Result::ok : cpu_.raise(exception::ss, error_);
+      return cpu_.canonical(gva) && cpu_.canonical(gva + bytes - 1) ? Result::ok : cpu_.raise(exception::ss, error_);
     }
     const u32 offset = segment_.db ? u32(rsp_) : u16(rsp_);
     gva = u32(segment_.base + offset);

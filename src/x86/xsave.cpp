@@ -173,6 +173,7 @@ Result Cpu::xrstor(Gva gva, u64 mask, bool supervisor, bool rex_w) {
 
   // Nothing can fail from here on.
   FpuState& fpu = state.fpu;
+  const u32 pkru = fpu.pkru;
   if (loaded & xfeature::x87) {
     apply_x87(*this, restore, rex_w);
   } else if (requested & xfeature::x87) {
@@ -190,6 +191,7 @@ Result Cpu::xrstor(Gva gva, u64 mask, bool supervisor, bool rex_w) {
     load_component(fpu, i, i == 7 ? 16 : count, restore.extended[i]);
   }
   fpu.in_use = (fpu.in_use & ~requested) | loaded;
+  if (fpu.pkru != pkru && state.cr4 & cr4::pke) enter_address_space(false);
   return Result::ok;
 }
 

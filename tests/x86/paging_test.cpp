@@ -210,6 +210,112 @@ TEST_F(Paging, Cr3SwitchesSpacesWithAndWithoutPcid) {
   EXPECT_EQ(cpu.fault.vector, exception::gp);
 }
 
+TEST_F(Paging, AddressSpacesAndGlobalPagesAreKept) {
+  constexpr Gva global = page + page_size;
+  map(page, 0x5000, pte::p | pte::w | pte::a | pte::d);
+  map(global, 0x6000, pte::p | pte::w | pte::a | pte::d | pte::g);
+  const auto touch = [&](Gva gva) {
+    const u64 before = cpu.mmu.walks;
+    u8 byte;
+    EXPECT_EQ(cpu.read(gva, byte), Result::ok);
+    return cpu.mmu.walks - before;
+  };
+  ASSERT_EQ(cpu.write_cr(4, cpu.state.cr4 | cr4::pcide), Result::ok);
+  constexpr u64 keep = 1ull << 63;
+  ASSERT_EQ(cpu.write_cr(3, pml4 | 1), Result::ok);
+  EXPECT_EQ(touch(page) + touch(global), 2u);
+  ASSERT_EQ(cpu.write_cr(3, pml4 | 2), Result::ok);
+  EXPECT_EQ(touch(global), 0u);
+  EXPECT_EQ(touch(page + 2 * page_size - page_size), 0u);
+  ASSERT_EQ(cpu.write_cr(3, pml4 | 1 | keep), Result::ok);
+  EXPECT_EQ(touch(page), 0u) << "its own entries, which the other space has not displaced";
+  EXPECT_EQ(touch(global), 0u);
+  ASSERT_EQ(cpu.write_cr(3, pml4 | 1), Result::ok);
+  EXPECT_EQ(touch(page), 1u) << "flushed";
+  EXPECT_EQ(touch(global), 0u);
+  cpu.mmu.flush_page(cpu, global);
+  EXPECT_EQ(touch(global), 1u) << "INVLPG takes global pages, too";
+  cpu.mmu.flush_context(1);
+  EXPECT_EQ(touch(page), 1u);
+  EXPECT_EQ(touch(global), 0u);
+  ASSERT_EQ(cpu.write_cr(3, pml4 | 2 | keep), Result::ok);
+  EXPECT_EQ(touch(page), 1u);
+  cpu.mmu.flush_context(1);
+  EXPECT_EQ(touch(page), 0u) << "another space's flush";
+  cpu.mmu.flush_non_global();
+  EXPECT_EQ(touch(page), 1u);
+  EXPECT_EQ(touch(global), 0u);
+  cpu.mmu.flush_all();
+  EXPECT_EQ(touch(page) + touch(global), 2u);
+  ASSERT_EQ(cpu.write_cr(4, cpu.state.cr4 & ~cr4::pge), Result::ok);
+  EXPECT_EQ(touch(global), 1u);
+  ASSERT_EQ(cpu.write_cr(3, pml4 | 2), Result::ok);
+  EXPECT_EQ(touch(global), 1u) << "without CR4.PGE no page is global";
+}
+
+TEST_F(Paging, ARevivedGlobalPageHasTheRightsThatItHad) {
+  map(page, 0x5000, pte::p | pte::g);
+  u8 byte = 0;
+  ASSERT_EQ(cpu.read(page, byte), Result::ok);
+  ASSERT_EQ(cpu.write_cr(3, pml4), Result::ok);
+  EXPECT_EQ(cpu.write(page, byte), Result::fault);
+  EXPECT_EQ(cpu.fault.error, P | W);
+}
+
+TEST_F(Paging, ProtectionKeys) {
+  constexpr u32 PK = 32;
+  cpu.state.cr4 |= cr4::pke;
+  map(page, 0x5000, pte::p | pte::w | pte::u | 5ull << 59);
+  EXPECT_EQ(access(R, user), -1);
+  cpu.state.fpu.pkru = 2u << 10;  // write disable
+  EXPECT_EQ(access(R, user), -1);
+  EXPECT_EQ(access(S, user), int(P | W | U | PK));
+  EXPECT_EQ(access(S), int(P | W | PK)) << "CR0.WP";
+  cpu.state.cr0 &= ~cr0::wp;
+  EXPECT_EQ(access(S), -1);
+  cpu.state.fpu.pkru = 1u << 10;  // access disable
+  EXPECT_EQ(access(R), int(P | PK));
+  EXPECT_EQ(access(X, user), -1) << "fetches are free";
+  map(page, 0x5000, pte::p | pte::w | 5ull << 59);
+  EXPECT_EQ(access(S), -1) << "supervisor pages have no key";
+}
+
+TEST_F(Paging, FiveLevels) {
+  const Gpa pml5 = next_table;
+  next_table += page_size;
+  machine.put<u64>(pml5, pml4 | pte::p | pte::w | pte::u);
+  constexpr Gva high = 0xff12'0000'0000'0000;
+  EXPECT_FALSE(cpu.canonical(high));
+  cpu.state.cr4 |= cr4::la57;
+  cpu.state.cr3 = pml5;
+  EXPECT_TRUE(cpu.canonical(high));
+  EXPECT_FALSE(cpu.canonical(1ull << 56));
+  map(page, 0x5000, pte::p | pte::w);
+  EXPECT_EQ(access(R), -1);
+  EXPECT_EQ(access(R, Privilege::supervisor_ac, high), 0);
+  machine.put<u64>(pml5 + 8 * (high >> 48 & 511), pml4 | pte::p | pte::w);
+  EXPECT_EQ(access(R, Privilege::supervisor_ac, high | page), -1);
+  machine.put<u64>(pml5 + 8 * (high >> 48 & 511), pml4 | pte::p | pte::ps);
+  EXPECT_EQ(access(R, Privilege::supervisor_ac, high | page), int(P | RSVD));
+}
+
+TEST_F(Paging, AlignmentChecks) {
+  map(page, 0x5000, pte::p | pte::w | pte::u);
+  enter(3);
+  cpu.state.cr0 |= cr0::am;
+  cpu.state.other_flags |= flag::ac;
+  cpu.update_mode();
+  u32 word = 0;
+  EXPECT_EQ(cpu.read(page + 4, word), Result::ok);
+  EXPECT_EQ(cpu.write(page + 2, word), Result::fault);
+  EXPECT_EQ(cpu.fault.vector, exception::ac);
+  Operand operand;
+  EXPECT_EQ(cpu.open_operand(page + 1, 2, Cpu::Use::read, operand), Result::fault);
+  EXPECT_EQ(cpu.open_operand(page + 8, 8, Cpu::Use::read_write, operand), Result::ok);
+  cpu.write_rflags(0, flag::ac);
+  EXPECT_EQ(cpu.write(page + 2, word), Result::ok);
+}
+
 TEST_F(Paging, GenerationsWrap) {
   map(page, 0x5000, pte::p | pte::w);
   machine.put<u64>(0x5000, 5);

@@ -54,7 +54,8 @@ inline Result linear_address(Context& c, x86::SegmentName segment, u64 offset, u
   if (c.cpu.state.code_bits == 64) [[likely]] {
     out = offset;
     if (segment >= x86::fs) out += c.cpu.state.segment[segment].base;
-    if (!is_canonical(out) || !is_canonical(out + size - 1)) [[unlikely]]
+    if ((!is_canonical(out) || !is_canonical(out + size - 1)) &&
+        (!c.cpu.canonical(out) || !c.cpu.canonical(out + size - 1))) [[unlikely]]
       return c.cpu.raise(segment == x86::ss ? x86::exception::ss : x86::exception::gp, 0);
     return Result::ok;
   }
@@ -122,7 +123,7 @@ inline Result pop(Context& c, unsigned bytes, u64& value) {
 /// Checks a near branch's target: canonical in 64-bit mode, inside the code segment elsewhere.
 inline Result check_branch(Context& c, u64 target) {
   if (c.cpu.state.code_bits == 64) {
-    if (!is_canonical(target)) [[unlikely]]
+    if (!is_canonical(target) && !c.cpu.canonical(target)) [[unlikely]]
       return c.cpu.gp();
   } else if (target > c.cpu.state.segment[x86::cs].limit) [[unlikely]] {
     return c.cpu.gp();

@@ -76,7 +76,7 @@ Result load_table(Context& c, const Instruction& i, x86::DescriptorTable& table)
   ANYKVM_TRY(memory_address(c, i, bytes + 2, Access::read, gva));
   ANYKVM_TRY(c.cpu.read(gva, limit));
   ANYKVM_TRY(c.cpu.read(gva + 2, &base, bytes));
-  if (bytes == 8 && !is_canonical(base)) return c.cpu.gp();
+  if (bytes == 8 && !c.cpu.canonical_base(base)) return c.cpu.gp();
   if (c.cpu.state.code_bits != 64 && i.operand_bytes == 2) base &= 0xffffff;
   table = {base, limit};
   return Result::ok;
@@ -182,6 +182,20 @@ Result read_processor_id(Context& c, const Instruction& i) {
   write_register(c, i.reg[0], c.cpu.state.code_bits == 64 ? 8 : 4, u32(c.cpu.state.msr.tsc_aux));
   return Result::ok;
 }
+/// RDPKRU and WRPKRU: the rights of protection keys.
+Result read_protection_keys(Context& c, const Instruction&) {
+  if (!(c.cpu.state.cr4 & cr4::pke)) return c.cpu.ud();
+  if (u32(c.cpu.state.gpr[rcx])) return c.cpu.gp();
+  set_edx_eax(c, c.cpu.state.fpu.pkru);
+  return Result::ok;
+}
+Result write_protection_keys(Context& c, const Instruction&) {
+  if (!(c.cpu.state.cr4 & cr4::pke)) return c.cpu.ud();
+  if (u32(c.cpu.state.gpr[rcx]) || u32(c.cpu.state.gpr[rdx])) return c.cpu.gp();
+  c.cpu.state.fpu.pkru = u32(c.cpu.state.gpr[rax]);
+  c.cpu.enter_address_space(false);
+  return Result::ok;
+}
 /// There is no performance monitoring unit: no counter index is valid.
 Result read_performance_counter(Context& c, const Instruction&) { return c.cpu.gp(); }
 
@@ -246,7 +260,7 @@ template <x86::SegmentName segment>
 Result write_base(Context& c, const Instruction& i) {
   ANYKVM_TRY(base_access_allowed(c));
   const u64 base = read_register(c, i.reg[0], i.operand_bytes);
-  if (!is_canonical(base)) return c.cpu.gp();
+  if (!c.cpu.canonical_base(base)) return c.cpu.gp();
   c.cpu.state.segment[segment].base = base;
   return Result::ok;
 }
@@ -273,9 +287,10 @@ Result invalidate_process_context(Context& c, const Instruction& i) {
   if (type < 2 && pcid && !(c.cpu.state.cr4 & cr4::pcide)) return c.cpu.gp();
   switch (type) {
     case 0:
-      if (!is_canonical(descriptor[1])) return c.cpu.gp();
+      if (!c.cpu.canonical(descriptor[1])) return c.cpu.gp();
       c.cpu.mmu.flush_page(c.cpu, descriptor[1]);
       break;
+    case 1: c.cpu.mmu.flush_context(u16(pcid)); break;
     case 2: c.cpu.mmu.flush_all(); break;
     default: c.cpu.mmu.flush_non_global(); break;
   }
@@ -344,6 +359,8 @@ Handler select_system(const Decoded& d, Instruction& out) {
     case ZYDIS_MNEMONIC_RDTSCP: return read_time_stamp_and_id;
     case ZYDIS_MNEMONIC_RDPID: return read_processor_id;
     case ZYDIS_MNEMONIC_RDPMC: return read_performance_counter;
+    case ZYDIS_MNEMONIC_RDPKRU: return read_protection_keys;
+    case ZYDIS_MNEMONIC_WRPKRU: return write_protection_keys;
     case ZYDIS_MNEMONIC_CLI: return clear_interrupt_flag;
     case ZYDIS_MNEMONIC_STI: return set_interrupt_flag;
     case ZYDIS_MNEMONIC_CLAC: return clear_access_check;
