@@ -244,11 +244,11 @@ class Cpu {
   /// INT n / INT3 / INTO, RIP behind the instruction given.
   Result software_interrupt(u8 vector, u64 next_rip);
   Result debug_interrupt(u64 next_rip);  ///< INT1: a #DB that no gate's DPL forbids and that leaves DR6 alone
-  Result iret(unsigned operand_bytes);
+  Result iret(unsigned operand_bytes, u64 next_rip);  ///< next_rip: what a nested task goes on with when called again
 
   // --- control transfer and segments (x86/segmentation.cpp) -------------------------------------------------------
   Result load_segment(SegmentName segment, u16 selector);  ///< MOV Sreg, POP Sreg, LDS ...
-  Result far_jump(u16 selector, u64 offset, unsigned operand_bytes);
+  Result far_jump(u16 selector, u64 offset, unsigned operand_bytes, u64 next_rip);
   Result far_call(u16 selector, u64 offset, unsigned operand_bytes, u64 next_rip);
   Result far_return(unsigned operand_bytes, u16 pop_bytes);
   Result load_ldtr(u16 selector);

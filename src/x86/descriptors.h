@@ -65,11 +65,4 @@ inline u32 selector_error(u16 selector, u32 ext = 0) { return (selector & 0xfffc
 /// The instruction or event pointer fits the code segment it goes to; else #GP(ext).
 Result check_target(Cpu& cpu, const Segment& code, u64 rip, u32 ext = 0);
 
-/// Something the machine does not execute.
-inline Result cannot(Cpu& cpu, const char* reason) {
-  cpu.exit.kind = ExitKind::internal_error;
-  cpu.exit.reason = reason;
-  return Result::exit;
-}
-
 }  // namespace anykvm::x86

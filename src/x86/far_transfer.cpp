@@ -1,6 +1,7 @@
 // Far JMP and CALL: direct, and through call gates.
 // Reference: Intel SDM volume 3 chapter 5.8, volume 2 JMP and CALL; AMD64 manual volume 2 chapter 4.11.
 #include "x86/stack.h"
+#include "x86/task_switch.h"
 
 namespace anykvm::x86 {
 
@@ -30,10 +31,6 @@ Result read_gate(Cpu& cpu, u16 selector, Descriptor& gate, bool call, Descriptor
   const CpuState& s = cpu.state;
   const u32 error = selector_error(selector);
   const u8 type = gate.segment.type, rpl = selector & 3;
-  if (type == system_type::task_gate && !s.long_mode()) return cannot(cpu, "far transfer through a task gate");
-  if ((type == system_type::tss || type == system_type::tss16) && !s.long_mode()) {
-    return cannot(cpu, "far transfer to a task");
-  }
   if (type != system_type::call_gate && !(type == system_type::call_gate16 && !s.long_mode())) {
     return cpu.raise(exception::gp, error);
   }
@@ -50,6 +47,23 @@ Result read_gate(Cpu& cpu, u16 selector, Descriptor& gate, bool call, Descriptor
   if (s.long_mode() && (!code.segment.l || code.segment.db)) return cpu.raise(exception::gp, target_error);
   if (!code.segment.present) return cpu.raise(exception::np, target_error);
   return mark_accessed(cpu, code);
+}
+
+/// Whether a system descriptor leads to another task instead of to code.
+bool leads_to_task(const CpuState& s, const Descriptor& descriptor) {
+  using namespace system_type;
+  const u8 type = descriptor.segment.type;
+  return !s.long_mode() && (type == task_gate || type == tss || type == tss16);
+}
+
+Result transfer_to_task(Cpu& cpu, u16 selector, const Descriptor& descriptor, TaskSwitch::Cause cause, u64 next_rip) {
+  const u8 dpl = descriptor.segment.dpl, rpl = selector & 3;
+  if (dpl < cpu.state.cpl || dpl < rpl) return cpu.raise(exception::gp, selector_error(selector));
+  if (descriptor.segment.type == system_type::task_gate) {
+    if (!descriptor.segment.present) return cpu.raise(exception::np, selector_error(selector));
+    selector = task_of_gate(descriptor.low);
+  }
+  return switch_task(cpu, {.cause = cause, .selector = selector, .return_rip = next_rip});
 }
 
 u64 gate_target(const Descriptor& gate) {
@@ -98,7 +112,7 @@ Result call_through_gate(Cpu& cpu, u16 selector, Descriptor& gate, u64 next_rip)
 
 }  // namespace
 
-Result Cpu::far_jump(u16 selector, u64 offset, unsigned operand_bytes) {
+Result Cpu::far_jump(u16 selector, u64 offset, unsigned operand_bytes, u64 next_rip) {
   offset = truncate(offset, operand_bytes);
   if (!state.protected_mode() || state.v86()) {
     if (offset > state.segment[cs].limit) return gp();
@@ -112,6 +126,7 @@ Result Cpu::far_jump(u16 selector, u64 offset, unsigned operand_bytes) {
   ANYKVM_TRY(read_descriptor(*this, selector, exception::gp, 0, code));
   if (code.data()) return raise(exception::gp, selector_error(selector));
   if (!code.segment.s) {
+    if (leads_to_task(state, code)) return transfer_to_task(*this, selector, code, TaskSwitch::Cause::jump, next_rip);
     Descriptor gate = code;
     ANYKVM_TRY(read_gate(*this, selector, gate, false, code));
     selector = gate.gate_selector();
@@ -142,6 +157,8 @@ Result Cpu::far_call(u16 selector, u64 offset, unsigned operand_bytes, u64 next_
   Descriptor code;
   ANYKVM_TRY(read_descriptor(*this, selector, exception::gp, 0, code));
   if (code.data()) return raise(exception::gp, selector_error(selector));
+  if (!code.segment.s && leads_to_task(state, code))
+    return transfer_to_task(*this, selector, code, TaskSwitch::Cause::call, next_rip);
   if (!code.segment.s) return call_through_gate(*this, selector, code, next_rip);
   ANYKVM_TRY(check_direct_code(*this, selector, code));
   ANYKVM_TRY(check_target(*this, code.segment, offset));

@@ -2,6 +2,7 @@
 // Reference: Intel SDM volume 3 chapter 6.12-6.14, volume 2 INT n; AMD64 manual volume 2 chapter 8.
 #include "x86/delivery.h"
 #include "x86/stack.h"
+#include "x86/task_switch.h"
 
 namespace anykvm::x86 {
 
@@ -115,7 +116,15 @@ Result deliver_protected(Cpu& cpu, const Delivery& event) {
   }
   if (event.software && gate.segment.dpl < s.cpl) return cpu.raise(exception::gp, idt_error);
   if (!gate.segment.present) return cpu.raise(exception::np, idt_error);
-  if (type == system_type::task_gate) return cannot(cpu, "task gate in the IDT");
+  if (type == system_type::task_gate) {
+    return switch_task(cpu, {.cause = TaskSwitch::Cause::event,
+                             .selector = task_of_gate(gate.low),
+                             .return_rip = event.return_rip,
+                             .ext = ext,
+                             .resume_flag = event.resume_flag,
+                             .has_error = event.has_error,
+                             .error = event.error});
+  }
 
   Descriptor code;
   bool inner;

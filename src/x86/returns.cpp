@@ -1,6 +1,7 @@
 // IRET and far RET: back to the same or an outer privilege level, in each mode.
 // Reference: Intel SDM volume 2, IRET and RET; AMD64 manual volume 3.
 #include "x86/stack.h"
+#include "x86/task_switch.h"
 
 namespace anykvm::x86 {
 
@@ -109,7 +110,7 @@ void commit_return(Cpu& cpu, const Target& target) {
 
 }  // namespace
 
-Result Cpu::iret(unsigned operand_bytes) {
+Result Cpu::iret(unsigned operand_bytes, u64 next_rip) {
   if (!state.protected_mode() || state.v86()) {
     ANYKVM_TRY(return_real(*this, operand_bytes));
     unmask_nmi(*this);
@@ -117,7 +118,11 @@ Result Cpu::iret(unsigned operand_bytes) {
   }
   if (state.other_flags & flag::nt) {
     if (state.long_mode()) return gp();
-    return cannot(*this, "IRET from a nested task");
+    u16 link;
+    ANYKVM_TRY(read_as(u32(state.tr.base), &link, 2, system_privilege));
+    ANYKVM_TRY(switch_task(*this, {.cause = TaskSwitch::Cause::iret, .selector = link, .return_rip = next_rip}));
+    unmask_nmi(*this);
+    return Result::ok;
   }
   Stack stack(*this);
   u64 ip, selector, flags;

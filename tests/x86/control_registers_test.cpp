@@ -110,12 +110,12 @@ TEST(ModeSwitch, FromResetToLongModeAndBack) {
   machine.put<u64>(0x1010, 0x00af9b000000ffff);
   machine.put<u64>(0x1018, 0x00cf93000000ffff);
   s.gdtr = {0x1000, 31};
-  ASSERT_EQ(cpu.far_jump(0, 0x5000, 2), Result::ok);
+  ASSERT_EQ(cpu.far_jump(0, 0x5000, 2, 0), Result::ok);
   EXPECT_EQ(s.segment[cs].base, 0u);
 
   ASSERT_EQ(cpu.write_cr(0, cr0::pe | cr0::et), Result::ok);
   EXPECT_EQ(s.code_bits, 16) << "until CS is loaded";
-  ASSERT_EQ(cpu.far_jump(8, 0x5100, 4), Result::ok);
+  ASSERT_EQ(cpu.far_jump(8, 0x5100, 4, 0), Result::ok);
   EXPECT_EQ(s.code_bits, 32);
   for (SegmentName name : {ss, ds, es}) ASSERT_EQ(cpu.load_segment(name, 0x18), Result::ok);
 
@@ -129,7 +129,7 @@ TEST(ModeSwitch, FromResetToLongModeAndBack) {
   ASSERT_EQ(cpu.write_cr(0, s.cr0 | cr0::pg), Result::ok);
   EXPECT_TRUE(s.long_mode());
   EXPECT_EQ(s.code_bits, 32) << "compatibility mode";
-  ASSERT_EQ(cpu.far_jump(0x10, 0x5200, 4), Result::ok);
+  ASSERT_EQ(cpu.far_jump(0x10, 0x5200, 4, 0), Result::ok);
   EXPECT_EQ(s.code_bits, 64);
   u64 value;
   machine.put<u64>(0x5000, 0x77);
@@ -137,7 +137,7 @@ TEST(ModeSwitch, FromResetToLongModeAndBack) {
   EXPECT_EQ(value, 0x77u);
   EXPECT_EQ(cpu.read(0x20'0000, value), Result::fault);
 
-  ASSERT_EQ(cpu.far_jump(8, 0x5300, 4), Result::ok);
+  ASSERT_EQ(cpu.far_jump(8, 0x5300, 4, 0), Result::ok);
   ASSERT_EQ(cpu.write_cr(0, s.cr0 & ~cr0::pg), Result::ok);
   EXPECT_FALSE(s.long_mode());
   EXPECT_TRUE(s.msr.efer & efer::lme);

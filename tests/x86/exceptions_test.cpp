@@ -56,7 +56,7 @@ TEST_F(Exceptions, IstIsUsedWithoutAPrivilegeChange) {
   EXPECT_TRUE(s.event.nmi_masked);
   EXPECT_FALSE(word(s.gpr[rsp], 2) & flag::rf);
   const unsigned before = machine.windows;
-  ASSERT_EQ(cpu.iret(8), Result::ok);
+  ASSERT_EQ(cpu.iret(8, 0), Result::ok);
   EXPECT_FALSE(s.event.nmi_masked);
   EXPECT_GT(machine.windows, before);
   EXPECT_EQ(s.gpr[rsp], 0x7000u);
@@ -182,7 +182,7 @@ class Iret : public Exceptions {
     for (unsigned i = 0; i < 5; ++i) machine.put<u64>(0x7000 + 8 * i, words[i]);
   }
   void expect_fault(u8 vector, u32 error) {
-    ASSERT_EQ(cpu.iret(8), Result::fault);
+    ASSERT_EQ(cpu.iret(8, 0), Result::fault);
     EXPECT_EQ(cpu.fault.vector, vector);
     EXPECT_EQ(cpu.fault.error, error);
     EXPECT_EQ(s.rip, 0x5000u);
@@ -193,7 +193,7 @@ class Iret : public Exceptions {
 
 TEST_F(Iret, ToUser) {
   frame(0x400000, user_cs, flag::if_ | flag::zf | flag::rf | 2, 0x7fff0000, user_ss);
-  ASSERT_EQ(cpu.iret(8), Result::ok);
+  ASSERT_EQ(cpu.iret(8, 0), Result::ok);
   EXPECT_EQ(s.cpl, 3);
   EXPECT_EQ(s.rip, 0x400000u);
   EXPECT_EQ(s.gpr[rsp], 0x7fff0000u);
@@ -205,14 +205,14 @@ TEST_F(Iret, ToUser) {
 
 TEST_F(Iret, ToCompatibilityMode) {
   frame(0x400000, user_cs32, 2, 0x1'0000'1000, user_ss);
-  ASSERT_EQ(cpu.iret(8), Result::ok);
+  ASSERT_EQ(cpu.iret(8, 0), Result::ok);
   EXPECT_EQ(s.code_bits, 32);
   EXPECT_EQ(s.gpr[rsp], 0x1000u);
 }
 
 TEST_F(Iret, SamePrivilegeAlsoLoadsTheStack) {
   frame(0x5100, kernel_cs, 2, 0x6008, 0);
-  ASSERT_EQ(cpu.iret(8), Result::ok);
+  ASSERT_EQ(cpu.iret(8, 0), Result::ok);
   EXPECT_EQ(s.gpr[rsp], 0x6008u);
   EXPECT_EQ(s.segment[ss].selector, 0) << "a null SS is allowed at CPL 0";
   EXPECT_EQ(s.cpl, 0);
@@ -246,7 +246,7 @@ TEST_F(Iret, UserCannotRaiseIoplOrIf) {
   frame(0x400000, user_cs, flag::if_ | flag::iopl | flag::ac | 2, 0x1000, user_ss);
   s.gpr[rsp] = 0x8000'0000;
   map(gdt, gdt, pte::p | pte::w);
-  ASSERT_EQ(cpu.iret(8), Result::ok);
+  ASSERT_EQ(cpu.iret(8, 0), Result::ok);
   EXPECT_EQ(s.rflags(), flag::ac | 2);
 }
 
@@ -272,7 +272,7 @@ TEST(RealMode, InterruptsGoThroughTheIvtAndBack) {
   EXPECT_EQ(machine.get<u16>(0x2fffc), 0x1000);
   EXPECT_EQ(machine.get<u16>(0x2fffe), flag::if_ | flag::cf | flag::fixed1);
   EXPECT_FALSE(s.rflags() & flag::if_);
-  ASSERT_EQ(cpu.iret(2), Result::ok);
+  ASSERT_EQ(cpu.iret(2, 0), Result::ok);
   EXPECT_EQ(s.rip, 0x125u);
   EXPECT_EQ(s.segment[cs].selector, 0x1000);
   EXPECT_EQ(s.gpr[rsp], 0xaaaa0000u);
@@ -346,7 +346,7 @@ TEST_F(ProtectedMode, ThroughAGateToAnInnerStackAndBack) {
   EXPECT_EQ(word(5), 0x23u);
   EXPECT_EQ(s.segment[ss].selector, 0x10);
   s.gpr[rsp] += 4;
-  ASSERT_EQ(cpu.iret(4), Result::ok);
+  ASSERT_EQ(cpu.iret(4, 0), Result::ok);
   EXPECT_EQ(s.cpl, 3);
   EXPECT_EQ(s.rip, 0x5000u);
   EXPECT_EQ(s.gpr[rsp], 0x7000u);
@@ -360,7 +360,7 @@ TEST_F(ProtectedMode, SamePrivilegeAnd16BitGates) {
   EXPECT_EQ(s.rip, 0x6000u) << "16-bit gates have 16-bit offsets";
   EXPECT_EQ(s.gpr[rsp], 0x7000u - 6);
   EXPECT_EQ(machine.get<u16>(s.gpr[rsp]), 0x5000);
-  ASSERT_EQ(cpu.iret(2), Result::ok);
+  ASSERT_EQ(cpu.iret(2, 0), Result::ok);
   EXPECT_EQ(s.rip, 0x5000u);
 }
 
@@ -379,7 +379,7 @@ TEST_F(ProtectedMode, AVirtual8086TaskIsLeftAndEntered) {
   EXPECT_TRUE(s.segment[gs].unusable);
   EXPECT_EQ(s.cpl, 0);
   EXPECT_FALSE(s.v86());
-  ASSERT_EQ(cpu.iret(4), Result::ok);
+  ASSERT_EQ(cpu.iret(4, 0), Result::ok);
   EXPECT_TRUE(s.v86());
   EXPECT_EQ(s.cpl, 3);
   EXPECT_EQ(s.segment[gs].base, 0x11110u);

@@ -95,10 +95,10 @@ TEST_F(Segments, Probes) {
 }
 
 TEST_F(Segments, FarTransfersInLongMode) {
-  expect_fault(cpu.far_jump(0, 0x5000, 4), exception::gp, 0);
-  expect_fault(cpu.far_jump(kernel_ss, 0x5000, 4), exception::gp, kernel_ss);
-  expect_fault(cpu.far_jump(user_cs, 0x5000, 4), exception::gp, user_cs & ~3u);
-  expect_fault(cpu.far_jump(kernel_cs, 1ull << 47, 8), exception::gp, 0);
+  expect_fault(cpu.far_jump(0, 0x5000, 4, 0), exception::gp, 0);
+  expect_fault(cpu.far_jump(kernel_ss, 0x5000, 4, 0), exception::gp, kernel_ss);
+  expect_fault(cpu.far_jump(user_cs, 0x5000, 4, 0), exception::gp, user_cs & ~3u);
+  expect_fault(cpu.far_jump(kernel_cs, 1ull << 47, 8, 0), exception::gp, 0);
   ASSERT_EQ(cpu.far_call(kernel_cs, 0x6000, 8, 0x5007), Result::ok);
   EXPECT_EQ(s.rip, 0x6000u);
   EXPECT_EQ(word(s.gpr[rsp], 0), 0x5007u);
@@ -124,7 +124,7 @@ TEST_F(Segments, ACallGateLeadsInwardAndRetOutward) {
   ASSERT_EQ(cpu.far_return(8, 0), Result::ok);
   EXPECT_EQ(s.cpl, 3);
   EXPECT_EQ(s.gpr[rsp], 0x8000'0800u);
-  expect_fault(cpu.far_jump(gate_selector, 0, 8), exception::gp, kernel_cs);
+  expect_fault(cpu.far_jump(gate_selector, 0, 8, 0), exception::gp, kernel_cs);
 }
 
 TEST_F(Segments, SyscallAndSysret) {

@@ -93,7 +93,7 @@ Result jump_far(Context& c, const Instruction& i) {
   u64 offset;
   u16 selector;
   ANYKVM_TRY(read_far_pointer(c, i, offset, selector));
-  return moved_rip(c, c.cpu.far_jump(selector, offset, i.operand_bytes));
+  return moved_rip(c, c.cpu.far_jump(selector, offset, i.operand_bytes, c.next_rip));
 }
 Result call_far(Context& c, const Instruction& i) {
   u64 offset;
@@ -122,7 +122,9 @@ Result single_byte_debug(Context& c, const Instruction&) {
   c.no_step = true;
   return moved_rip(c, c.cpu.debug_interrupt(c.next_rip));
 }
-Result interrupt_return(Context& c, const Instruction& i) { return moved_rip(c, c.cpu.iret(i.operand_bytes)); }
+Result interrupt_return(Context& c, const Instruction& i) {
+  return moved_rip(c, c.cpu.iret(i.operand_bytes, c.next_rip));
+}
 
 /// SYSCALL and SYSRET trap by the TF that they leave, not by the one that they found.
 Result step_by_new_flag(Context& c, Result result) {
