@@ -86,7 +86,9 @@ INTERPOSED int __open64_2(const char* path, int flags) { return open_any(path, f
 INTERPOSED int __openat_2(int folder, const char* path, int flags) { return openat_any(folder, path, flags, 0); }
 INTERPOSED int __openat64_2(int folder, const char* path, int flags) { return openat_any(folder, path, flags, 0); }
 
-INTERPOSED int ioctl(int fd, unsigned long request, ...) noexcept {
+// Not noexcept, as its declaration is: a thread that is cancelled in KVM_RUN unwinds through it.
+INTERPOSED int interposed_ioctl(int fd, unsigned long request, ...) asm("ioctl");
+int interposed_ioctl(int fd, unsigned long request, ...) {
   va_list rest;
   va_start(rest, request);
   const unsigned long argument = va_arg(rest, unsigned long);

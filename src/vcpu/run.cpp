@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "engine/engine.h"
+#include "os/cancellation.h"
 #include "vcpu/signal_mask.h"
 #include "vcpu/vcpu.h"
 #include "vm/vm.h"
@@ -25,11 +26,25 @@ int Vcpu::run(void (*leaving)(void*), void* arg) {
   std::unique_lock lock(mutex_);
   interrupted_.store(false, std::memory_order_relaxed);
   runner_.store(pthread_self(), std::memory_order_relaxed);
+  os::CancellationHold cancellation(on_cancel, this);
   os::SignalHold hold(on_signal, this, signal_mask_ ? &signal_mask_->blocked() : nullptr);
   const int result = run_locked();
   runner_.store({}, std::memory_order_relaxed);
   lock.unlock();
-  hold.release(leaving, arg);
+  struct Leaving {
+    void (*call)(void*);
+    void* arg;
+    os::CancellationHold& cancellation;
+  } last{leaving, arg, cancellation};
+  // Nothing of this library's is held any more when the client's handlers run, or the thread ends.
+  hold.release(
+      [](void* leave) {
+        auto& last = *static_cast<Leaving*>(leave);
+        if (last.call) last.call(last.arg);
+        last.cancellation.release();
+      },
+      &last);
+  cancellation.release();
   return result;
 }
 

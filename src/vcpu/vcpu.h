@@ -258,6 +258,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   std::atomic<bool> interrupted_{false};
   std::atomic<pthread_t> runner_{};  ///< the thread in KVM_RUN
   static void on_signal(void* vcpu);
+  static void on_cancel(void* vcpu);  ///< on the canceller's thread
 };
 
 }  // namespace anykvm::vcpu

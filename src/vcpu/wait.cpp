@@ -102,6 +102,12 @@ void Vcpu::on_signal(void* vcpu) {
   self.wake_word_.fetch_add(1, std::memory_order_relaxed);  // a futex wait that SA_RESTART would begin again
 }
 
+void Vcpu::on_cancel(void* vcpu) {
+  Vcpu& self = *static_cast<Vcpu*>(vcpu);
+  self.interrupted_.store(true, std::memory_order_seq_cst);
+  self.wake();
+}
+
 bool Vcpu::signal_arrived() {
   if (signal_mask_ && signal_mask_->pending()) interrupted_.store(true, std::memory_order_relaxed);
   return interrupted_.load(std::memory_order_relaxed) || __atomic_load_n(&run_->immediate_exit, __ATOMIC_RELAXED);

@@ -191,5 +191,44 @@ TEST_F(SignalMasks, ABlockedSignalDoesNotEndRun) {
   expect_pending_and_take();
 }
 
+/// A thread that runs the vCPU for ever, to be cancelled at any instruction.
+pthread_t run_in_cancellable_thread(vcpu::Vcpu& vcpu) {
+  pthread_t thread;
+  pthread_create(
+      &thread, nullptr,
+      [](void* vcpu) -> void* {
+        pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, nullptr);
+        for (;;) static_cast<vcpu::Vcpu*>(vcpu)->run();
+      },
+      &vcpu);
+  return thread;
+}
+
+TEST_F(Signals, AThreadThatIsCancelledInRunLeavesTheVcpuUsable) {
+  auto& vcpu = endless_loop();
+  for (const unsigned delay_ms : {20u, 0u, 1u}) {
+    const pthread_t thread = run_in_cancellable_thread(vcpu);
+    std::this_thread::sleep_for(std::chrono::milliseconds(delay_ms));
+    EXPECT_EQ(pthread_cancel(thread), 0);
+    void* result = nullptr;
+    pthread_join(thread, &result);
+    EXPECT_EQ(result, PTHREAD_CANCELED);
+    kvm_regs regs;
+    EXPECT_EQ(vcpu.get_regs(regs), 0);
+  }
+}
+
+TEST_F(Signals, AThreadThatIsCancelledInAHaltEnds) {
+  ASSERT_EQ(machine->create_irqchip(), 0);
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {0xfa, 0xf4});  // cli; hlt
+  const pthread_t thread = run_in_cancellable_thread(vcpu);
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_EQ(pthread_cancel(thread), 0);
+  void* result = nullptr;
+  pthread_join(thread, &result);
+  EXPECT_EQ(result, PTHREAD_CANCELED);
+}
+
 }  // namespace
 }  // namespace anykvm
