@@ -2,7 +2,7 @@
 PRESET ?= release
 BUILD = build/$(PRESET)
 
-.PHONY: help run build test bench asan tsan format clean packages guests
+.PHONY: help run build test bench asan tsan format clean packages guests selftests
 
 help:
 	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
@@ -11,6 +11,7 @@ help:
 	@echo "make bench    measure, side by side with QEMU's TCG: one table"
 	@echo "make asan     all tests under the address and undefined-behaviour sanitizers"
 	@echo "make tsan     the unit tests under the thread sanitizer"
+	@echo "make selftests  the kernel's own KVM selftests on the engine, into docs/selftests.md"
 	@echo "make format   clang-format over the sources"
 	@echo "make clean    remove build/ (cache/, the fetched guests, stays)"
 
@@ -39,6 +40,11 @@ test: packages build guests
 asan: packages guests
 	@$(MAKE) PRESET=asan build
 	@ctest --test-dir build/asan --output-on-failure --no-tests=error -j $$(nproc)
+
+# Some five minutes; the first time also a download of 150 MB and a minute of building.
+selftests: packages build
+	@scripts/setup selftests
+	@scripts/kvm-selftests --table docs/selftests.md
 
 tsan: packages
 	@$(MAKE) PRESET=tsan build

@@ -22,6 +22,7 @@ foreach(room ${TEST_ROOMS})
 endforeach()
 
 add_subdirectory(tests/preload)
+add_subdirectory(tests/clients)
 if(EXISTS ${CMAKE_SOURCE_DIR}/tests/system/CMakeLists.txt)
   add_subdirectory(tests/system)
 endif()
