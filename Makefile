@@ -34,6 +34,7 @@ run: packages build/release/build.ninja
 
 # The system tests also boot the sanitized build: only its command is built for that.
 test: packages build guests
+	@scripts/setup test
 	@cmake --preset asan >/dev/null && cmake --build build/asan --target anykvm_tool
 	@ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $$(nproc)
 

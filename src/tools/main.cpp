@@ -106,7 +106,8 @@ int run(int argc, char** argv) {
   app.set_version_flag("--version", "anykvm " ANYKVM_VERSION);
   app.require_subcommand(0, 1);
   BootArguments boot_arguments;
-  CLI::App& boot = *app.add_subcommand("boot", "Boot a Linux kernel to a console on this terminal");
+  CLI::App& boot =
+      *app.add_subcommand("boot", "Boot a Linux kernel, or firmware and a disk, to a console on this terminal");
   describe_boot(boot, boot_arguments);
   CLI::App& info_command = *app.add_subcommand("info", "Show what would run here and why, and what is supported");
   bool json = false;

@@ -7,6 +7,7 @@
 #include <sysexits.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -67,7 +68,10 @@ bool is_failure(const Outcome& outcome) {
   return outcome.kind == Kind::triple_fault || outcome.kind == Kind::internal_error || outcome.kind == Kind::timed_out;
 }
 
-Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options) {
+using Deadline = std::optional<std::chrono::steady_clock::time_point>;
+
+/// One life of the machine, from power-on or reset to the next reset or the end.
+Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options, Deadline deadline, bool announce) {
   const std::string engine = device->name();
   OutcomeBox outcome;
   EventLoop loop;
@@ -79,7 +83,7 @@ Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options) {
   Machine machine(kvm, options.machine, loop, outcome, [&](u8 byte) { console.put(byte); });
   console.connect(machine.serial());
   // What software mode is and how to get out is for a person; whoever reads a pipe wants the outcome alone.
-  if (!options.quiet && isatty(STDERR_FILENO))
+  if (announce && isatty(STDERR_FILENO))
     fmt::print(stderr, "anykvm: {} CPU{}, {} MiB, engine {}{}{}", options.machine.cpus,
                options.machine.cpus == 1 ? "" : "s", options.machine.memory_bytes >> 20, engine,
                console.interactive() ? "; Ctrl-A x leaves, Ctrl-A h helps" : "", console.interactive() ? "\r\n" : "\n");
@@ -87,7 +91,9 @@ Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options) {
   const std::unique_ptr<EventLoop, decltype([](EventLoop* running) { running->stop(); })> stop_before_devices_go(&loop);
   loop.start();
   machine.start();
-  const Outcome result = outcome.wait(options.timeout);
+  std::optional<std::chrono::nanoseconds> left;
+  if (deadline) left = std::max(*deadline - std::chrono::steady_clock::now(), std::chrono::nanoseconds(0));
+  const Outcome result = outcome.wait(left);
   machine.stop();
   loop.stop();
   console.finish();
@@ -97,7 +103,12 @@ Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options) {
 }  // namespace
 
 int boot(std::shared_ptr<KvmDevice> device, const BootOptions& options) try {
-  const Outcome outcome = run(std::move(device), options);
+  Deadline deadline;
+  if (options.timeout) deadline = std::chrono::steady_clock::now() + *options.timeout;
+  Outcome outcome = run(device, options, deadline, !options.quiet);
+  // Firmware starts again; a kernel that was loaded by us is no longer there to be started.
+  while (options.machine.firmware && outcome.kind == Outcome::Kind::reset)
+    outcome = run(device, options, deadline, false);
   if (is_failure(outcome) || !options.quiet) fmt::print(stderr, "anykvm: {}\n", message_of(outcome, options));
   return exit_code(outcome);
 } catch (const BadInput& error) {

@@ -1,4 +1,4 @@
-// `anykvm boot`: a kernel on the machine, a console on the terminal, an exit code.
+// `anykvm boot`: a kernel or firmware on the machine, a console on the terminal, an exit code.
 #pragma once
 
 #include <chrono>
@@ -18,9 +18,9 @@ struct BootOptions {
 /// The command line that every kernel gets before what the user appends: the console on the serial port.
 inline constexpr const char* default_command_line = "console=ttyS0";
 
-/// Runs the guest to its end and returns the exit code: 0 power-off, reset by the guest or left by the user, 65 a file
-/// that cannot be used, 70 triple fault or internal error, 124 time-out, 128 + n ended by signal n. Says why on stderr,
-/// in one line.
+/// Runs the guest to its end and returns the exit code: 0 power-off, reset by the guest (with firmware, a reset starts
+/// it again: memory is lost) or left by the user, 65 a file that cannot be used, 70 triple fault or internal error, 124
+/// time-out, 128 + n ended by signal n. Says why on stderr, in one line.
 int boot(std::shared_ptr<KvmDevice> device, const BootOptions& options);
 
 }  // namespace anykvm::vmm

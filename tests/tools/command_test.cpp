@@ -52,8 +52,9 @@ TEST_F(CommandTest, HelpAndVersion) {
   EXPECT_EQ(run("--help").status, 0);
   const auto help = run("boot --help");
   EXPECT_EQ(help.status, 0);
-  for (const char* option : {"--kernel", "--initrd", "--append", "--memory", "--cpus", "--disk", "--net", "--engine",
-                             "--timeout", "--quiet", "Ctrl-A x", "124"})
+  for (const char* option :
+       {"--kernel", "--initrd", "--append", "--firmware", "--firmware-log", "--boot-menu", "--memory", "--cpus",
+        "--disk", "--net", "--engine", "--timeout", "--quiet", "Ctrl-A x", "124"})
     EXPECT_THAT(help.output, HasSubstr(option));
 }
 
@@ -62,6 +63,9 @@ TEST_F(CommandTest, UsageErrorsAreOneLine) {
   expect_usage_error("fly", "fly");
   expect_usage_error("boot", "--kernel");
   expect_usage_error("boot --kernel k --no-such-option", "--no-such-option");
+  expect_usage_error("boot --kernel k --firmware f", "excludes");
+  expect_usage_error("boot --firmware f --append quiet", "--append");
+  expect_usage_error("boot --kernel k --boot-menu", "belong to --firmware");
   expect_usage_error("boot --kernel k stray", "stray");
   expect_usage_error("boot --kernel", "--kernel");
   expect_usage_error("boot --kernel k --cpus 0", "--cpus");
