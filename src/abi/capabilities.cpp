@@ -84,6 +84,9 @@ constexpr auto table = sorted(std::to_array<Capability>({
     {NAMED(KVM_CAP_IRQFD), constant<1>},
     {NAMED(KVM_CAP_IRQFD_RESAMPLE), constant<1>},
     {NAMED(KVM_CAP_X2APIC_API), constant<KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK>},
+    {NAMED(KVM_CAP_SPLIT_IRQCHIP), constant<1>},
+    {NAMED(KVM_CAP_COALESCED_MMIO), constant<2>},  // the ring's page behind kvm_run
+    {NAMED(KVM_CAP_COALESCED_PIO), constant<1>},
     {NAMED(KVM_CAP_IOEVENTFD), constant<1>},
     {NAMED(KVM_CAP_IOEVENTFD_NO_LENGTH), constant<1>},
     {NAMED(KVM_CAP_IOEVENTFD_ANY_LENGTH), constant<1>},

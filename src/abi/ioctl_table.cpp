@@ -84,6 +84,8 @@ constexpr auto table = sorted(std::to_array<Ioctl>({
     TYPED(by_pointer, KVM_SIGNAL_MSI, &Vm::signal_msi, "KVM_CAP_SIGNAL_MSI"),
     TYPED(by_pointer, KVM_IRQFD, &Vm::irqfd, "KVM_CAP_IRQFD"),
     TYPED(by_pointer, KVM_IOEVENTFD, &Vm::ioeventfd, "KVM_CAP_IOEVENTFD"),
+    TYPED(by_pointer, KVM_REGISTER_COALESCED_MMIO, &Vm::register_coalesced_mmio, "KVM_CAP_COALESCED_MMIO"),
+    TYPED(by_pointer, KVM_UNREGISTER_COALESCED_MMIO, &Vm::unregister_coalesced_mmio, "KVM_CAP_COALESCED_MMIO"),
     TYPED(by_pointer, KVM_GET_CLOCK, &Vm::get_clock, "KVM_CAP_ADJUST_CLOCK"),
     TYPED(by_pointer, KVM_SET_CLOCK, &Vm::set_clock, "KVM_CAP_ADJUST_CLOCK"),
     TYPED(plain, KVM_GET_TSC_KHZ, &Vm::get_tsc_khz, "KVM_CAP_VM_TSC_CONTROL"),

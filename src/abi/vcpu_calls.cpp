@@ -65,7 +65,7 @@ long set_msrs(const Call& call) {
 long set_lapic(const Call& call) {
   kvm_lapic_state state;
   if (os::get_user(state, call.arg)) return call.vcpu->set_lapic(state);
-  return call.vcpu->vm().chips() ? -EFAULT : -EINVAL;  // what is wrong anyway comes first
+  return call.vcpu->vm().has_local_apics() ? -EFAULT : -EINVAL;  // what is wrong anyway comes first
 }
 
 long set_vapic_addr(const Call& call) {

@@ -15,6 +15,7 @@
 
 namespace anykvm::irqchip {
 
+class ApicClient;
 class LocalApic;
 
 /// Where the end of an interrupt is reported when it did not come from another local APIC.
@@ -23,7 +24,8 @@ class EoiSink {
   /// Whether eoi() must be told of this vector although it is edge-triggered (something waits for its end). Any thread.
   virtual bool wants_edge_eoi(u8 vector) const = 0;
   /// Called on the vCPU's thread, with no lock of an APIC held.
-  virtual void eoi(u8 vector, bool level_triggered) = 0;
+  /// from: the CPU that it belongs to.
+  virtual void eoi(u8 vector, bool level_triggered, ApicClient& from) = 0;
 
  protected:
   ~EoiSink() = default;

@@ -99,7 +99,7 @@ void IrqChips::update_edge_eoi_vectors() {
   for (unsigned i = 0; i < 4; ++i) edge_eoi_vectors_[i].store(vectors[i], std::memory_order_relaxed);
 }
 
-void IrqChips::eoi(u8 vector, bool level_triggered) {
+void IrqChips::eoi(u8 vector, bool level_triggered, ApicClient&) {
   News news;
   {
     std::lock_guard lock(mutex_);

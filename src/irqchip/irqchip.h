@@ -82,7 +82,7 @@ class IrqChips final : public EoiSink {
   bool wants_edge_eoi(u8 vector) const override {
     return edge_eoi_vectors_[vector / 64].load(std::memory_order_relaxed) >> (vector % 64) & 1;
   }
-  void eoi(u8 vector, bool level_triggered) override;
+  void eoi(u8 vector, bool level_triggered, ApicClient& from) override;
 
  private:
   struct News;

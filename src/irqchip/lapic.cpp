@@ -254,7 +254,7 @@ void LocalApic::end_of_interrupt() {
   const bool level_triggered = test_vector(Register::tmr, vector);
   const bool suppressed = level_triggered && get(Register::svr) >> 12 & 1;
   if (EoiSink* sink = bus_.eoi_sink(); sink && !suppressed && (level_triggered || sink->wants_edge_eoi(vector)))
-    sink->eoi(vector, level_triggered);
+    sink->eoi(vector, level_triggered, client_);
   wake_if_deliverable();
 }
 

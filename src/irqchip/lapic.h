@@ -35,6 +35,9 @@ class ApicClient {
   virtual void signal_sipi(u8 vector) = 0;  ///< counts only in the wait-for-SIPI state
   virtual void signal_unhalt() = 0;         ///< KVM_HC_KICK_CPU: end a HLT although nothing is pending
 
+  /// vCPU's thread: the guest has ended an interrupt of the I/O APIC that the client emulates (split irqchip).
+  virtual void ioapic_eoi(u8 /*vector*/) {}
+
   /// vCPU's thread: CLOCK_MONOTONIC time at which the guest's TSC reaches this value; <= now when it has.
   virtual u64 tsc_deadline_ns(u64 guest_tsc) = 0;
 

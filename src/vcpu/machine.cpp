@@ -2,6 +2,7 @@
 #include "irqchip/apic_bus.h"
 #include "irqchip/irqchip.h"
 #include "vcpu/vcpu.h"
+#include "vm/coalesced_io.h"
 #include "vm/ioeventfd.h"
 #include "vm/vm.h"
 
@@ -34,7 +35,7 @@ bool Vcpu::mmio_write(Gpa gpa, const void* data, unsigned length) {
   }
   irqchip::IrqChips* chips = vm_->chips();
   return (chips && chips->mmio_write(gpa, data, length)) ||
-         vm_->ioeventfds().write(vm::IoEventFds::Bus::mmio, gpa, data, length);
+         vm_->ioeventfds().write(vm::IoEventFds::Bus::mmio, gpa, data, length) || coalesce(false, gpa, data, length);
 }
 
 bool Vcpu::pio_in(u16 port, void* data, unsigned size) {
@@ -45,7 +46,17 @@ bool Vcpu::pio_in(u16 port, void* data, unsigned size) {
 bool Vcpu::pio_out(u16 port, const void* data, unsigned size) {
   irqchip::IrqChips* chips = vm_->chips();
   return (chips && chips->pio_write(port, data, size)) ||
-         vm_->ioeventfds().write(vm::IoEventFds::Bus::pio, port, data, size);
+         vm_->ioeventfds().write(vm::IoEventFds::Bus::pio, port, data, size) || coalesce(true, port, data, size);
+}
+
+void Vcpu::own_coalesced_ring() {
+  coalesced_ring_ = reinterpret_cast<kvm_coalesced_mmio_ring*>(reinterpret_cast<u8*>(run_) + 2 * page_size);
+}
+
+bool Vcpu::coalesce(bool pio, u64 address, const void* data, unsigned length) const {
+  const vm::CoalescedZones* zones = vm_->coalesced_zones();
+  return zones && coalesced_ring_ && zones->covers(pio, address, length) &&
+         vm::put_into_ring(*coalesced_ring_, pio, address, data, length);
 }
 
 Vcpu::MsrResult Vcpu::read_msr(u32 index, u64& value) {
@@ -106,6 +117,11 @@ x86::Result Vcpu::write_cr8(u64 value) {
 x86::Result Vcpu::hypercall() { return paravirt_.hypercall(vm_->hypercall_exits_enabled()); }
 
 u64 Vcpu::tsc_deadline_ns(u64 guest_tsc) { return paravirt_.monotonic_ns_of_tsc(guest_tsc); }
+
+void Vcpu::ioapic_eoi(u8 vector) {
+  ioapic_eoi_ = vector;
+  cpu_.attention.store(1, std::memory_order_relaxed);
+}
 
 /// The guest's TSC was set: what the APIC and the clock page derive from it is stale.
 void Vcpu::tsc_moved() {

@@ -146,6 +146,7 @@ void Vcpu::cpuid_set() {
   if (apic_)
     apic_->set_features({.x2apic = cpu_.cpuid.has(x86::Feature::x2apic),
                          .tsc_deadline = cpu_.cpuid.has(x86::Feature::tsc_deadline),
+                         .directed_eoi = cpu_.cpuid.has(x86::Feature::x2apic) && !vm_->chips(),
                          .physical_address_bits = static_cast<u8>(cpu_.cpuid.physical_bits())});
   cpu_.mmu.flush_all();
   cpu_.update_mode();

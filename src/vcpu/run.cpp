@@ -125,6 +125,10 @@ int Vcpu::enter_guest() {
     accept_init_sipi();
     if (mp_state_ != KVM_MP_STATE_RUNNABLE) return go_on;
   }
+  if (ioapic_eoi_ >= 0) {
+    run_->eoi.vector = static_cast<u8>(std::exchange(ioapic_eoi_, -1));
+    return exit_to_client(KVM_EXIT_IOAPIC_EOI);
+  }
   if (cpu_.state.event.triple_fault_pending) {
     cpu_.state.event.triple_fault_pending = false;
     return exit_to_client(KVM_EXIT_SHUTDOWN);

@@ -84,6 +84,8 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int get_tsc_khz();
   int set_tsc_khz(u32 khz);
   int kvmclock_ctrl();
+  /// The ring of coalesced I/O is this vCPU's, the VM's first.
+  void own_coalesced_ring();
   u64 tsc_offset();  ///< KVM_VCPU_TSC_OFFSET of KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR
   void set_tsc_offset(u64 offset);
   int x86_setup_mce(const u64& capabilities);
@@ -119,6 +121,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   void interrupt_window_changed() override;
 
   u64 tsc_deadline_ns(u64 guest_tsc) override;
+  void ioapic_eoi(u8 vector) override;
 
  private:
   /// What the client's answer in kvm_run belongs to.
@@ -178,6 +181,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   void reset_after_init();
 
   // machine.cpp, user_msr.cpp
+  bool coalesce(bool pio, u64 address, const void* data, unsigned length) const;
   MsrResult read_own_msr(u32 index, u64& value);
   MsrResult write_own_msr(u32 index, u64 value);
   MsrResult read_filtered_msr(u32 index, u64& value);
@@ -229,9 +233,11 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   Pending pending_ = Pending::none;
   u64 pending_rip_ = 0;  ///< the client's answer is dropped when it has set another RIP
   u32 mp_state_;
-  u64 apic_base_ = 0;          ///< without a local APIC
-  u64 cr8_ = 0;                ///< without a local APIC
-  int client_vector_ = -1;     ///< of KVM_INTERRUPT, with a local APIC but no PIC
+  u64 apic_base_ = 0;       ///< without a local APIC
+  u64 cr8_ = 0;             ///< without a local APIC
+  int client_vector_ = -1;  ///< of KVM_INTERRUPT, with a local APIC but no PIC
+  int ioapic_eoi_ = -1;     ///< vector whose EOI the client is to hear of
+  kvm_coalesced_mmio_ring* coalesced_ring_ = nullptr;
   bool msr_answered_ = false;  ///< kvm_run holds the client's answer for the RDMSR or WRMSR that starts again
   u32 msr_reason_ = 0;         ///< KVM_MSR_EXIT_REASON_* of the exit
   Gpa vapic_ = 0;              ///< KVM_SET_VAPIC_ADDR; 0: none

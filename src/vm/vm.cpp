@@ -11,10 +11,12 @@
 #include "os/tsc.h"
 #include "paravirt/clock.h"
 #include "vcpu/vcpu.h"
+#include "vm/coalesced_io.h"
 #include "vm/ioeventfd.h"
 #include "vm/irq_routing.h"
 #include "vm/irqfd.h"
 #include "vm/msr_filter.h"
+#include "vm/split_irqchip.h"
 
 namespace anykvm::vm {
 
@@ -71,6 +73,7 @@ int Vm::create_vcpu(u32 id, kvm_run* run, std::shared_ptr<vcpu::Vcpu>& out) {
   if (id >= max_vcpu_ids_ || vcpus_.size() >= max_vcpus) return -EINVAL;
   if (std::ranges::find(vcpus_, id, &Member::id) != vcpus_.end()) return -EEXIST;
   auto vcpu = std::make_shared<vcpu::Vcpu>(shared_from_this(), id, run);
+  if (vcpus_.empty()) vcpu->own_coalesced_ring();
   vcpus_.push_back({id, vcpu});
   out = std::move(vcpu);
   return 0;
@@ -97,13 +100,24 @@ int Vm::set_boot_cpu_id(u64 id) {
 
 int Vm::create_irqchip() {
   std::lock_guard lock(mutex_);
-  if (chips_) return -EEXIST;
+  if (local_apics_.load()) return -EEXIST;
   if (!vcpus_.empty()) return -EINVAL;
   chips_ = std::make_unique<irqchip::IrqChips>(*apic_bus_);
   routing_->attach(*chips_);
   // From here on local APICs may arm timers, whose thread a seccomp filter might forbid later.
   timers_->start();
   chips_published_.store(chips_.get(), std::memory_order_release);
+  local_apics_.store(true, std::memory_order_release);
+  return 0;
+}
+
+/// Local APICs here, PIC and I/O APIC in the client, which says of how many GSIs it wants to hear the EOIs.
+int Vm::create_split_irqchip(u64 reserved_pins) {
+  if (reserved_pins > IrqRouting::max_routes) return -EINVAL;
+  if (local_apics_.load() || !vcpus_.empty()) return -EEXIST;
+  split_ = std::make_unique<SplitIrqChip>(*apic_bus_, static_cast<u32>(reserved_pins));
+  timers_->start();
+  local_apics_.store(true, std::memory_order_release);
   return 0;
 }
 
@@ -154,30 +168,69 @@ int Vm::reinject_control(const kvm_reinject_control& control) {
 }
 
 int Vm::irq_line(const kvm_irq_level& level) {
-  if (!chips()) return -ENXIO;
+  if (!has_local_apics()) return -ENXIO;
   routing_->set_irq(level.irq, level.level != 0);
   return 0;
 }
 
 int Vm::irq_line_status(kvm_irq_level& level) {
-  if (!chips()) return -ENXIO;
+  if (!has_local_apics()) return -ENXIO;
   level.status = routing_->set_irq(level.irq, level.level != 0);
   return 0;
 }
 
 int Vm::set_gsi_routing(u32 flags, std::span<const kvm_irq_routing_entry> entries) {
-  if (!chips()) return -EINVAL;
-  return routing_->set_gsi_routing(flags, entries);
+  if (!has_local_apics()) return -EINVAL;
+  if (const int error = routing_->set_gsi_routing(flags, entries)) return error;
+  if (split_) split_->routes_changed(entries);
+  return 0;
 }
 
-int Vm::signal_msi(const kvm_msi& msi) { return chips() ? routing_->signal_msi(msi) : -EINVAL; }
+int Vm::signal_msi(const kvm_msi& msi) { return has_local_apics() ? routing_->signal_msi(msi) : -EINVAL; }
 
 int Vm::irqfd(const kvm_irqfd& args) {
-  if (!chips() && !(args.flags & KVM_IRQFD_FLAG_DEASSIGN)) return -EAGAIN;
+  if (!(args.flags & KVM_IRQFD_FLAG_DEASSIGN)) {
+    if (!has_local_apics()) return -EAGAIN;
+    if (!chips() && args.flags & KVM_IRQFD_FLAG_RESAMPLE) return -EINVAL;  // the EOI is the client's to see
+  }
   return irqfds_->ioctl(args);
 }
 
 int Vm::ioeventfd(const kvm_ioeventfd& args) { return ioeventfds_->ioctl(args); }
+
+template <class Change>
+int Vm::change_coalesced_zones(Change change) {
+  std::unique_ptr<const CoalescedZones> old;
+  {
+    std::lock_guard lock(mutex_);
+    auto next =
+        coalesced_owner_ ? std::make_unique<CoalescedZones>(*coalesced_owner_) : std::make_unique<CoalescedZones>();
+    if (const int error = change(*next)) return error;
+    if (next->empty()) next.reset();
+    coalesced_.store(next.get(), std::memory_order_seq_cst);
+    old = std::exchange(coalesced_owner_, std::move(next));
+  }
+  flush_all_tlbs();  // when it returns, no vCPU reads the old one
+  return 0;
+}
+
+int Vm::register_coalesced_mmio(const kvm_coalesced_mmio_zone& zone) {
+  constexpr std::size_t max_zones = 1000;  // what a kernel's I/O bus holds
+  if (zone.pio > 1) return -EINVAL;
+  return change_coalesced_zones([&](CoalescedZones& zones) {
+    if (zones.size() >= max_zones) return -ENOSPC;
+    zones.add(zone);
+    return 0;
+  });
+}
+
+int Vm::unregister_coalesced_mmio(const kvm_coalesced_mmio_zone& zone) {
+  if (zone.pio > 1) return -EINVAL;
+  return change_coalesced_zones([&](CoalescedZones& zones) {
+    zones.remove(zone);
+    return 0;
+  });
+}
 
 // --- time ---------------------------------------------------------------------------------------------------------
 
@@ -220,6 +273,7 @@ int Vm::enable_cap(const kvm_enable_cap& cap) {
       max_vcpu_ids_ = static_cast<u32>(value);
       max_vcpu_ids_set_ = true;
       return 0;
+    case KVM_CAP_SPLIT_IRQCHIP: return create_split_irqchip(value);
     case KVM_CAP_X86_USER_SPACE_MSR:
       if (value & ~u64{KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER})
         return -EINVAL;

@@ -32,10 +32,12 @@ class Vcpu;
 
 namespace anykvm::vm {
 
+class CoalescedZones;
 class IoEventFds;
 class IrqFds;
 class IrqRouting;
 class MsrFilter;
+class SplitIrqChip;
 
 class Vm : public std::enable_shared_from_this<Vm> {
  public:
@@ -80,6 +82,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   int signal_msi(const kvm_msi& msi);
   int irqfd(const kvm_irqfd& args);
   int ioeventfd(const kvm_ioeventfd& args);
+  int register_coalesced_mmio(const kvm_coalesced_mmio_zone& zone);
+  int unregister_coalesced_mmio(const kvm_coalesced_mmio_zone& zone);
 
   // --- time -----------------------------------------------------------------------------------------------------
   int get_clock(kvm_clock_data& clock);
@@ -107,10 +111,12 @@ class Vm : public std::enable_shared_from_this<Vm> {
   u32 user_space_msrs() const { return user_space_msrs_.load(std::memory_order_relaxed); }  ///< KVM_MSR_EXIT_REASON_*
   /// nullptr: all are allowed. Good while the caller is in guest mode.
   const MsrFilter* msr_filter() const { return msr_filter_.load(std::memory_order_acquire); }
+  /// nullptr: none. Good while the caller is in guest mode.
+  const CoalescedZones* coalesced_zones() const { return coalesced_.load(std::memory_order_acquire); }
   bool halts_in_guest() const { return halts_in_guest_.load(std::memory_order_relaxed); }
   bool exits_on_emulation_failure() const { return exits_on_emulation_failure_.load(std::memory_order_relaxed); }
   bool is_boot_cpu(u32 id) const { return id == boot_cpu_id_; }
-  bool has_local_apics() const { return chips_published_.load(std::memory_order_acquire) != nullptr; }
+  bool has_local_apics() const { return local_apics_.load(std::memory_order_acquire); }
 
   /// Calls f(vcpu::Vcpu&) for every vCPU alive, without a lock that f could meet.
   template <class F>
@@ -127,6 +133,9 @@ class Vm : public std::enable_shared_from_this<Vm> {
   };
   void flush_all_tlbs();
   irqchip::Pit* pit();
+  int create_split_irqchip(u64 reserved_pins);
+  template <class Change>
+  int change_coalesced_zones(Change change);
 
   std::mutex mutex_;  ///< vCPU creation, chips, capabilities
   MemorySlots memory_;
@@ -135,6 +144,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   std::unique_ptr<irqchip::ApicBus> apic_bus_;
   std::unique_ptr<irqchip::IrqChips> chips_;
   std::atomic<irqchip::IrqChips*> chips_published_{nullptr};
+  std::atomic<bool> local_apics_{false};
+  std::unique_ptr<SplitIrqChip> split_;  ///< KVM_CAP_SPLIT_IRQCHIP, in place of chips_
   std::unique_ptr<IrqRouting> routing_;
   std::unique_ptr<IoEventFds> ioeventfds_;
   std::unique_ptr<IrqFds> irqfds_;
@@ -148,6 +159,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   std::atomic<bool> halts_in_guest_{false}, exits_on_emulation_failure_{false};
   std::unique_ptr<const MsrFilter> msr_filter_owner_;  ///< under mutex_
   std::atomic<const MsrFilter*> msr_filter_{nullptr};
+  std::unique_ptr<const CoalescedZones> coalesced_owner_;  ///< under mutex_
+  std::atomic<const CoalescedZones*> coalesced_{nullptr};
   std::atomic<u32> user_space_msrs_{0};
   std::atomic<bool> intercepts_msrs_{false};
 };

@@ -312,7 +312,7 @@ TEST_F(LapicTest, InitKeepsModeAndIdResetDoesNot) {
 
 struct RecordingSink : EoiSink {
   bool wants_edge_eoi(u8 vector) const override { return vector == 0x70; }
-  void eoi(u8 vector, bool level) override { told.emplace_back(vector, level); }
+  void eoi(u8 vector, bool level, ApicClient&) override { told.emplace_back(vector, level); }
   std::vector<std::pair<u8, bool>> told;
 };
 

@@ -63,7 +63,7 @@ TEST_F(VmTest, ChipsComeBeforeVcpus) {
 
 TEST_F(VmTest, Capabilities) {
   kvm_enable_cap cap{};
-  cap.cap = KVM_CAP_SPLIT_IRQCHIP;
+  cap.cap = KVM_CAP_XEN_HVM;
   EXPECT_EQ(machine->enable_cap(cap), -EINVAL);
   cap.cap = KVM_CAP_EXCEPTION_PAYLOAD;
   cap.flags = 1;
