@@ -242,7 +242,8 @@ class Cpu {
   Result deliver_interrupt(u8 vector);
   Result deliver_nmi();
   /// INT n / INT3 / INTO, RIP behind the instruction given.
-  Result software_interrupt(u8 vector, u64 next_rip);
+  enum class SoftwareInterrupt : u8 { int_n, int3, into };
+  Result software_interrupt(u8 vector, u64 next_rip, SoftwareInterrupt form = SoftwareInterrupt::int_n);
   Result debug_interrupt(u64 next_rip);  ///< INT1: a #DB that no gate's DPL forbids and that leaves DR6 alone
   Result iret(unsigned operand_bytes, u64 next_rip);  ///< next_rip: what a nested task goes on with when called again
 

@@ -14,6 +14,9 @@ struct Delivery {
   u64 return_rip = 0;
 };
 
+/// INT n of virtual-8086 mode under CR4.VME: through the program's own vector table if the TSS's bitmap says so.
+Result redirect_v86_interrupt(Cpu& cpu, u8 vector, u64 return_rip, bool& redirected);
+
 /// Takes the event to its handler. fault: Cpu::fault is the one that delivery met; no register has changed.
 Result deliver(Cpu& cpu, const Delivery& event);
 

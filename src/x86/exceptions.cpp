@@ -117,12 +117,14 @@ Result Cpu::debug_interrupt(u64 next_rip) {
   return deliver(*this, {.vector = exception::db, .return_rip = next_rip});
 }
 
-Result Cpu::software_interrupt(u8 vector, u64 next_rip) {
-  if (vector == exception::bp && client_takes_breakpoints()) return debug_exit(exception::bp, 0);
-  // INT n in virtual-8086 mode belongs to the monitor unless IOPL is 3; INT3 and INTO are not sensitive to it.
-  if (state.v86() && (state.other_flags & flag::iopl) != flag::iopl && vector != exception::bp &&
-      vector != exception::of) {
-    return gp();
+Result Cpu::software_interrupt(u8 vector, u64 next_rip, SoftwareInterrupt form) {
+  if (form == SoftwareInterrupt::int3 && client_takes_breakpoints()) return debug_exit(exception::bp, 0);
+  if (state.v86() && form == SoftwareInterrupt::int_n) {
+    // It belongs to the program's own handler where the monitor has said so, else to the monitor unless IOPL is 3.
+    bool redirected = false;
+    if (state.cr4 & cr4::vme) ANYKVM_TRY(redirect_v86_interrupt(*this, vector, next_rip, redirected));
+    if (redirected) return Result::ok;
+    if ((state.other_flags & flag::iopl) != flag::iopl) return gp();
   }
   return deliver(*this, {.vector = vector, .software = true, .return_rip = next_rip});
 }

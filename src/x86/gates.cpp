@@ -169,6 +169,32 @@ Result deliver_protected(Cpu& cpu, const Delivery& event) {
 
 }  // namespace
 
+Result redirect_v86_interrupt(Cpu& cpu, u8 vector, u64 return_rip, bool& redirected) {
+  CpuState& s = cpu.state;
+  u16 io_map;
+  u8 bits;
+  if (s.tr.limit < 0x67) return cpu.gp();
+  ANYKVM_TRY(cpu.read_as(u32(s.tr.base + 0x66), &io_map, 2, cpu.system_privilege));
+  const u32 offset = io_map - 32u + vector / 8;
+  if (offset > s.tr.limit) return cpu.gp();
+  ANYKVM_TRY(cpu.read_as(u32(s.tr.base + offset), &bits, 1, cpu.system_privilege));
+  redirected = !(bits >> (vector & 7) & 1);
+  if (!redirected) return Result::ok;
+
+  u32 target;
+  ANYKVM_TRY(cpu.read_as(vector * 4u, &target, 4, cpu.system_privilege));
+  const bool iopl3 = (s.other_flags & flag::iopl) == flag::iopl;
+  Stack stack(cpu);
+  ANYKVM_TRY(stack.push(iopl3 ? s.rflags() : s.virtual_flags(), 2));
+  ANYKVM_TRY(stack.push(s.segment[cs].selector, 2));
+  ANYKVM_TRY(stack.push(return_rip, 2));
+  s.gpr[rsp] = stack.rsp();
+  s.segment[cs] = v86_segment(u16(target >> 16));
+  s.rip = u16(target);
+  s.other_flags &= ~(flag::tf | flag::rf | (iopl3 ? flag::if_ : flag::vif));
+  return Result::ok;
+}
+
 Result deliver(Cpu& cpu, const Delivery& event) {
   if (cpu.state.real_mode()) return deliver_real(cpu, event);
   return cpu.state.long_mode() ? deliver_long(cpu, event) : deliver_protected(cpu, event);

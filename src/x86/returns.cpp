@@ -26,7 +26,8 @@ void unmask_nmi(Cpu& cpu) {
 /// Real and virtual-8086 mode.
 Result return_real(Cpu& cpu, unsigned operand_bytes) {
   CpuState& s = cpu.state;
-  if (s.v86() && (s.other_flags & flag::iopl) != flag::iopl) return cpu.gp();
+  const bool virtual_if = s.v86() && (s.other_flags & flag::iopl) != flag::iopl;
+  if (virtual_if && !(s.cr4 & cr4::vme && operand_bytes == 2)) return cpu.gp();
   Stack stack(cpu);
   u64 ip, selector, flags;
   ANYKVM_TRY(stack.pop(ip, operand_bytes));
@@ -35,6 +36,11 @@ Result return_real(Cpu& cpu, unsigned operand_bytes) {
   if (ip > s.segment[cs].limit) return cpu.gp();
   u64 mask = iret_flags(s, operand_bytes) | flag::if_;
   if (s.v86()) mask &= ~(flag::iopl | flag::vif | flag::vip);
+  if (virtual_if) {  // VME: IF stands for VIF
+    if (flags & flag::tf || (flags & flag::if_ && s.other_flags & flag::vip)) return cpu.gp();
+    mask = (mask & ~flag::if_) | flag::vif;
+    if (flags & flag::if_) flags |= flag::vif;
+  }
   s.gpr[rsp] = stack.rsp();
   s.rip = ip;
   s.segment[cs].selector = u16(selector);

@@ -137,6 +137,10 @@ struct CpuState {
     return other_flags | (ah & (flag::cf | flag::pf | flag::af | flag::zf | flag::sf)) |
            (arithmetic & 1 ? flag::of : 0);
   }
+  /// The low 16 flags as a virtual-8086 program without IOPL sees them under CR4.VME: IF is VIF, IOPL is 3.
+  u16 virtual_flags() const {
+    return u16((rflags() & ~flag::if_) | flag::iopl | (other_flags & flag::vif ? flag::if_ : 0));
+  }
   /// Sets every bit as given. Callers mask by privilege first.
   void set_rflags(u64 value) {
     arithmetic = ArithmeticFlags((value & (flag::cf | flag::pf | flag::af | flag::zf | flag::sf)) << 8 |

@@ -1,6 +1,7 @@
 // Events through the IDT and IVT, double and triple faults, and the way back with IRET.
 #include <gtest/gtest.h>
 
+#include "engine/engine.h"
 #include "x86/long_mode.h"
 
 namespace anykvm::x86 {
@@ -395,13 +396,171 @@ TEST_F(ProtectedMode, ABadInnerStackIsAnInvalidTss) {
   EXPECT_EQ(cpu.fault.error, 0x20u);
 }
 
-TEST_F(ProtectedMode, TaskGatesAreSaidNotToWork) {
-  machine.put<u64>(idt + 8 * exception::df, 0x28ull << 16 | 0x85ull << 40);
+class Tasks : public ProtectedMode {
+ protected:
+  static constexpr Gpa other = 0x3800;
+  static constexpr u16 this_task = 0x28, other_task = 0x30, task_gate = 0x38;
+  Tasks() {
+    machine.put<u64>(gdt + this_task, 0x67 | u64(tss) << 16 | 0x8bull << 40);
+    machine.put<u64>(gdt + other_task, 0x67 | u64(other) << 16 | 0x89ull << 40);
+    machine.put<u64>(gdt + task_gate, u64(other_task) << 16 | 0xe5ull << 40);
+    s.gdtr.limit = 0x3f;
+    machine.put<u32>(other + 0x20, 0x6000);
+    machine.put<u32>(other + 0x24, 2);
+    machine.put<u32>(other + 0x38, 0x7800);  // ESP
+    for (unsigned i = 0; i < 6; ++i) machine.put<u32>(other + 0x48 + 4 * i, i == cs ? 0x08 : 0x10);
+  }
+  unsigned type_of(u16 selector) { return machine.get<u8>(gdt + selector + 5) & 15; }
+};
+
+TEST_F(Tasks, ADoubleFaultThroughATaskGate) {
+  machine.put<u64>(idt + 8 * exception::df, u64(other_task) << 16 | 0x85ull << 40);
   s.idtr.limit = 8 * exception::df + 7;
+  s.gpr[rax] = 0x1234;
   (void)cpu.raise(exception::gp, 0);
-  ASSERT_EQ(cpu.deliver_fault(), Result::exit);
-  EXPECT_EQ(cpu.exit.kind, ExitKind::internal_error);
-  EXPECT_NE(cpu.exit.reason, nullptr);
+  ASSERT_EQ(cpu.deliver_fault(), Result::ok);
+  EXPECT_EQ(s.rip, 0x6000u);
+  EXPECT_EQ(s.gpr[rsp], 0x7800u - 4);
+  EXPECT_EQ(word(0), 0u) << "the error code";
+  EXPECT_TRUE(s.other_flags & flag::nt);
+  EXPECT_TRUE(s.cr0 & cr0::ts);
+  EXPECT_EQ(machine.get<u16>(other), this_task) << "the link";
+  EXPECT_EQ(machine.get<u32>(tss + 0x20), 0x5000u);
+  EXPECT_EQ(machine.get<u32>(tss + 0x28), 0x1234u);
+  EXPECT_TRUE(machine.get<u32>(tss + 0x24) & flag::rf);
+  EXPECT_EQ(type_of(this_task), 11u);
+  EXPECT_EQ(type_of(other_task), 11u);
+  ASSERT_EQ(cpu.iret(4, 0x6001), Result::ok);
+  EXPECT_EQ(s.rip, 0x5000u);
+  EXPECT_EQ(s.gpr[rax], 0x1234u);
+  EXPECT_EQ(s.tr.selector, this_task);
+  EXPECT_EQ(type_of(other_task), 9u);
+  EXPECT_EQ(machine.get<u32>(other + 0x20), 0x6001u) << "where it goes on";
+  EXPECT_FALSE(machine.get<u32>(other + 0x24) & flag::nt);
+}
+
+TEST_F(Tasks, JumpsLeaveNoLink) {
+  ASSERT_EQ(cpu.far_jump(task_gate, 0, 4, 0x5007), Result::ok);
+  EXPECT_EQ(s.rip, 0x6000u);
+  EXPECT_FALSE(s.other_flags & flag::nt);
+  EXPECT_EQ(type_of(this_task), 9u);
+  EXPECT_EQ(machine.get<u32>(tss + 0x20), 0x5007u);
+  ASSERT_EQ(cpu.far_jump(other_task, 0, 4, 0), Result::fault) << "busy";
+  EXPECT_EQ(cpu.fault.vector, exception::gp);
+  EXPECT_EQ(cpu.fault.error, other_task);
+}
+
+TEST_F(Tasks, AFaultInTheNewTaskIsItsOwn) {
+  machine.put<u16>(other + 0x48 + 4 * fs, 0x18);
+  machine.put<u64>(gdt + 0x18, 0x00cf7b000000ffff);  // absent code
+  ASSERT_EQ(cpu.far_call(other_task, 0, 4, 0x5007), Result::fault);
+  EXPECT_EQ(cpu.fault.vector, exception::np);
+  EXPECT_EQ(cpu.fault.error, 0x18u);
+  EXPECT_EQ(s.rip, 0x6000u);
+  EXPECT_EQ(s.tr.selector, other_task);
+}
+
+TEST_F(Tasks, SixteenBitAndTheTrapFlagOfTheTss) {
+  machine.put<u64>(gdt + other_task, 0x2b | u64(other) << 16 | 0x81ull << 40);
+  machine.put<u16>(other + 0x0e, 0x6000);
+  machine.put<u16>(other + 0x10, 2);
+  machine.put<u16>(other + 0x12, 0xabcd);
+  const u16 selectors[] = {0x10, 0x08, 0x10, 0x10, 0};
+  for (unsigned i = 0; i < 5; ++i) machine.put<u16>(other + 0x22 + 2 * i, selectors[i]);
+  ASSERT_EQ(cpu.far_jump(other_task, 0, 4, 0x5007), Result::ok);
+  EXPECT_EQ(s.rip, 0x6000u);
+  EXPECT_EQ(s.gpr[rax] & 0xffff, 0xabcdu);
+  EXPECT_EQ(s.segment[ds].selector, 0x10);
+  machine.put<u8>(tss + 0x64, 1);
+  machine.put<u32>(tss + 0x20, 0x5000);
+  for (unsigned i = 0; i < 6; ++i) machine.put<u32>(tss + 0x48 + 4 * i, i == cs ? 0x08 : 0x10);
+  machine.put<u32>(tss + 0x60, 0);
+  ASSERT_EQ(cpu.far_jump(this_task, 0, 4, 0x6007), Result::fault);
+  EXPECT_EQ(cpu.fault.vector, exception::db);
+  EXPECT_EQ(cpu.fault.payload, 1u << 15);
+  EXPECT_EQ(s.rip, 0x5000u);
+}
+
+class Virtual8086 : public ProtectedMode {
+ protected:
+  std::unique_ptr<engine::Engine> engine = engine::make_interpreter();
+  Virtual8086() {
+    const u16 selectors[] = {0, 0, 0x700, 0, 0, 0};
+    for (unsigned i = 0; i < 6; ++i) {
+      s.segment[i] = {.base = selectors[i] * 16u,
+                      .limit = 0xffff,
+                      .selector = selectors[i],
+                      .type = 3,
+                      .dpl = 3,
+                      .present = true,
+                      .s = true};
+    }
+    s.gpr[rsp] = 0x100;
+    s.set_rflags(flag::vm | flag::if_ | 2);
+    s.tr.limit = 0x200;
+    machine.put<u16>(tss + 0x66, 0x90);  // the redirection bitmap lies 32 bytes before
+    cpu.update_mode();
+    for (unsigned vector : {13u, 0x21u}) gate(u8(vector), 0x6000);
+    machine.put<u32>(0x21 * 4, 0x0200'0010);
+  }
+  bool faults(std::initializer_list<u8> bytes) {
+    std::copy(bytes.begin(), bytes.end(), machine.base + 0x5000);
+    s.rip = 0x5000;
+    engine->step(cpu);
+    return !s.v86();
+  }
+};
+
+TEST_F(Virtual8086, SensitiveInstructionsFaultWithoutVme) {
+  for (u8 opcode : {0xfa, 0xfb, 0x9c, 0x9d, 0xcf}) {
+    EXPECT_TRUE(faults({opcode})) << unsigned(opcode);
+    ASSERT_EQ(cpu.iret(4, 0), Result::fault);  // the frame has an error code on top
+    s.gpr[rsp] += 4;
+    ASSERT_EQ(cpu.iret(4, 0), Result::ok);
+  }
+}
+
+TEST_F(Virtual8086, VmeGivesItAnInterruptFlagOfItsOwn) {
+  s.cr4 |= cr4::vme;
+  EXPECT_FALSE(faults({0xfb}));
+  EXPECT_TRUE(s.other_flags & flag::vif);
+  EXPECT_FALSE(faults({0x9c}));
+  EXPECT_EQ(machine.get<u16>(0x7000 + 0xfe), flag::if_ | flag::iopl | 2);
+  EXPECT_FALSE(faults({0xfa}));
+  EXPECT_FALSE(s.other_flags & flag::vif);
+  EXPECT_TRUE(s.other_flags & flag::if_) << "the machine's";
+  EXPECT_FALSE(faults({0x9d}));
+  EXPECT_TRUE(s.other_flags & flag::vif);
+  EXPECT_FALSE(s.other_flags & flag::iopl);
+  EXPECT_FALSE(faults({0xcd, 0x21})) << "redirected to the program's handler";
+  EXPECT_EQ(s.rip, 0x10u);
+  EXPECT_EQ(s.segment[cs].base, 0x2000u);
+  EXPECT_FALSE(s.other_flags & flag::vif);
+  machine.put<u8>(0x2010, 0xcf);
+  engine->step(cpu);
+  EXPECT_EQ(s.rip, 0x5002u);
+  EXPECT_TRUE(s.other_flags & flag::vif);
+  s.other_flags |= flag::vip;
+  EXPECT_TRUE(faults({0xfb})) << "an interrupt waits for the program";
+}
+
+TEST_F(Virtual8086, TheBitmapLeavesInterruptsToTheMonitor) {
+  s.cr4 |= cr4::vme;
+  machine.put<u8>(tss + 0x90 - 32 + 0x21 / 8, 1 << (0x21 % 8));
+  EXPECT_TRUE(faults({0xcd, 0x21}));
+  EXPECT_EQ(word(0), 0u) << "#GP(0)";
+}
+
+TEST_F(ProtectedMode, PviGivesUserCodeAnInterruptFlagOfItsOwn) {
+  enter(3);
+  std::unique_ptr<engine::Engine> engine = engine::make_interpreter();
+  s.set_rflags(flag::if_ | 2);
+  s.cr4 |= cr4::pvi;
+  machine.put<u16>(0x5000, 0xfafb);  // sti; cli
+  engine->step(cpu);
+  EXPECT_EQ(s.other_flags & (flag::vif | flag::if_), flag::vif | flag::if_);
+  engine->step(cpu);
+  EXPECT_EQ(s.other_flags & (flag::vif | flag::if_), flag::if_);
 }
 
 }  // namespace

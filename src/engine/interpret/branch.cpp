@@ -111,12 +111,12 @@ Result interrupt(Context& c, const Instruction& i) {
 }
 Result breakpoint(Context& c, const Instruction&) {
   c.no_step = true;
-  return moved_rip(c, c.cpu.software_interrupt(x86::exception::bp, c.next_rip));
+  return moved_rip(c, c.cpu.software_interrupt(x86::exception::bp, c.next_rip, Cpu::SoftwareInterrupt::int3));
 }
 Result interrupt_on_overflow(Context& c, const Instruction&) {
   if (!(c.cpu.state.arithmetic & 1)) return Result::ok;
   c.no_step = true;
-  return moved_rip(c, c.cpu.software_interrupt(x86::exception::of, c.next_rip));
+  return moved_rip(c, c.cpu.software_interrupt(x86::exception::of, c.next_rip, Cpu::SoftwareInterrupt::into));
 }
 Result single_byte_debug(Context& c, const Instruction&) {
   c.no_step = true;

@@ -71,12 +71,23 @@ Result pop_all(Context& c, const Instruction& i) {
 unsigned iopl(const Context& c) { return unsigned(c.cpu.state.other_flags >> 12 & 3); }
 
 Result push_flags(Context& c, const Instruction& i) {
-  if (c.cpu.state.v86() && iopl(c) < 3) return c.cpu.gp();
+  if (c.cpu.state.v86() && iopl(c) < 3) {
+    if (!(c.cpu.state.cr4 & x86::cr4::vme && i.operand_bytes == 2)) return c.cpu.gp();
+    return push(c, 2, c.cpu.state.virtual_flags());
+  }
   return push(c, i.operand_bytes, c.cpu.state.rflags() & ~(flag::vm | flag::rf));
 }
 Result pop_flags(Context& c, const Instruction& i) {
-  if (c.cpu.state.v86() && iopl(c) < 3) return c.cpu.gp();
   u64 value;
+  if (c.cpu.state.v86() && iopl(c) < 3) {  // under CR4.VME, IF stands for VIF
+    if (!(c.cpu.state.cr4 & x86::cr4::vme && i.operand_bytes == 2)) return c.cpu.gp();
+    ANYKVM_TRY(peek(c, 0, 2, value));
+    if (value & flag::tf || (value & flag::if_ && c.cpu.state.other_flags & flag::vip)) return c.cpu.gp();
+    ANYKVM_TRY(pop(c, 2, value));
+    value = (value & 0xffff) | (value & flag::if_ ? flag::vif : 0);
+    c.cpu.write_rflags(value, flag::arithmetic | flag::df | flag::nt | flag::tf | flag::vif);
+    return Result::ok;
+  }
   ANYKVM_TRY(pop(c, i.operand_bytes, value));
   u64 mask = flag::arithmetic | flag::tf | flag::df | flag::nt | flag::ac | flag::id;
   if (c.cpu.state.cpl <= iopl(c)) mask |= flag::if_;

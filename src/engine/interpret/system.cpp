@@ -200,13 +200,27 @@ Result write_protection_keys(Context& c, const Instruction&) {
 Result read_performance_counter(Context& c, const Instruction&) { return c.cpu.gp(); }
 
 // --- flags and interrupts ----------------------------------------------------------------------------------------
+/// Where IOPL forbids CLI and STI, they change VIF under CR4.VME (virtual-8086 mode) and CR4.PVI (CPL 3).
+enum class InterruptFlag : u8 { real, virtual_, forbidden };
+InterruptFlag interrupt_flag(const Context& c) {
+  const x86::CpuState& s = c.cpu.state;
+  if (!s.protected_mode() || s.cpl <= iopl(c)) return InterruptFlag::real;
+  return s.cpl == 3 && s.cr4 & (s.v86() ? cr4::vme : cr4::pvi) ? InterruptFlag::virtual_ : InterruptFlag::forbidden;
+}
 Result clear_interrupt_flag(Context& c, const Instruction&) {
-  if (c.cpu.state.protected_mode() && c.cpu.state.cpl > iopl(c)) return c.cpu.gp();
-  c.cpu.state.other_flags &= ~flag::if_;
+  const InterruptFlag which = interrupt_flag(c);
+  if (which == InterruptFlag::forbidden) return c.cpu.gp();
+  c.cpu.state.other_flags &= ~(which == InterruptFlag::real ? flag::if_ : flag::vif);
   return Result::ok;
 }
 Result set_interrupt_flag(Context& c, const Instruction&) {
-  if (c.cpu.state.protected_mode() && c.cpu.state.cpl > iopl(c)) return c.cpu.gp();
+  const InterruptFlag which = interrupt_flag(c);
+  if (which == InterruptFlag::forbidden) return c.cpu.gp();
+  if (which == InterruptFlag::virtual_) {
+    if (c.cpu.state.other_flags & flag::vip) return c.cpu.gp();  // the monitor has an interrupt for it
+    c.cpu.state.other_flags |= flag::vif;
+    return Result::ok;
+  }
   if (c.cpu.state.other_flags & flag::if_) return Result::ok;
   c.cpu.state.other_flags |= flag::if_;
   c.cpu.state.event.shadow |= KVM_X86_SHADOW_INT_STI;  // the run loop opens the window behind the next instruction
