@@ -21,6 +21,7 @@ class Emitter {
  public:
   explicit Emitter(std::span<u8> out) : at_(out.data()), end_(out.data() + out.size()) {}
   bool overflowed() const { return overflowed_; }
+  const u8* at() const { return at_; }
 
   void byte(unsigned value) {
     if (at_ == end_) {
@@ -213,10 +214,11 @@ bool is_legacy_prefix(u8 byte) {
 }
 
 /// Emits the instruction itself: same opcode, memory operand [memory_register], guest RSP renamed, and the operand size
-/// of 16- and 32-bit code expressed the way 64-bit mode wants it.
+/// and the ignored bits of 16- and 32-bit code expressed the way 64-bit mode wants them. other_size is for those
+/// instructions whose operand size is not what their mode and prefixes say.
 bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
                       std::span<const ZydisDecodedOperand> operands, const u8* bytes, unsigned code_bits,
-                      const Uses& uses, int memory_register, int rsp_register) {
+                      const Uses& uses, int memory_register, int rsp_register, bool other_size) {
   unsigned at = 0;
   bool seen_66 = false, mandatory_66 = false;
   u8 rex = 0;
@@ -236,7 +238,7 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
   bool want_66 = seen_66;
   const bool x87_image = uses.x87 && uses.memory && operands[0].size >= 14 * 8;  // FLDENV ...: its layout has two sizes
   if (code_bits != 64 && (integer || x87_image) && !mandatory_66) want_66 = instruction.operand_width == 16;
-  if (want_66) e.byte(0x66);
+  if (instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && want_66 != other_size) e.byte(0x66);
   for (unsigned i = 0; i < at; ++i)
     if (bytes[i] == 0xf0 || bytes[i] == 0xf2 || bytes[i] == 0xf3) e.byte(bytes[i]);
 
@@ -261,6 +263,8 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
   }
 
   const unsigned opcode_end = has_modrm ? modrm_at : instruction.length;
+  const bool wide_registers = code_bits == 64;  // else the register numbers' upper bits are ignored, here inverted
+  const unsigned w = other_size ? 0x80 : 0;     // VEX.W, where 32-bit code ignores it
   switch (instruction.encoding) {
     case ZYDIS_INSTRUCTION_ENCODING_LEGACY:
       if (rex) e.byte(memory_form ? rex & ~3u : rex);
@@ -268,17 +272,19 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
     case ZYDIS_INSTRUCTION_ENCODING_VEX: {
       const unsigned rename_xor = rename_vvvv ? unsigned(4 ^ rsp_register) << 3 : 0;
       if (bytes[at] == 0xc5) {
-        e.bytes(0xc5, bytes[at + 1] ^ rename_xor);
+        e.bytes(0xc5, (bytes[at + 1] | (wide_registers ? 0u : 0x40u)) ^ rename_xor);
         at += 2;
       } else {
-        e.bytes(0xc4, memory_form ? bytes[at + 1] | 0x60u : bytes[at + 1], bytes[at + 2] ^ rename_xor);
+        e.bytes(0xc4, bytes[at + 1] | (memory_form ? 0x60u : 0u) | (wide_registers ? 0u : 0x20u),
+                ((bytes[at + 2] & ~w) | (wide_registers ? 0u : 0x40u)) ^ rename_xor);
         at += 3;
       }
       rename_vvvv = false;
       break;
     }
     case ZYDIS_INSTRUCTION_ENCODING_EVEX:
-      e.bytes(0x62, memory_form ? bytes[at + 1] | 0x60u : bytes[at + 1], bytes[at + 2], bytes[at + 3]);
+      e.bytes(0x62, bytes[at + 1] | (memory_form ? 0x60u : 0u) | (wide_registers ? 0u : 0x30u),
+              (bytes[at + 2] & ~w) | (wide_registers ? 0u : 0x40u), bytes[at + 3] | (wide_registers ? 0u : 0x08u));
       at += 4;
       break;
     default: return false;
@@ -292,15 +298,22 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
       return true;
     }
     if (rename_opcode) {
-      // The opcode's last byte names the register: BSWAP, XCHG rAX. Nothing follows it.
-      for (; at + 1 < opcode_end; ++at) e.byte(bytes[at]);
-      e.byte((bytes[at] & ~7u) | unsigned(rsp_register));
+      // The opcode's last byte names the register: BSWAP, XCHG rAX, MOV of an immediate.
+      const unsigned immediate = instruction.raw.imm[0].size / 8;
+      for (; at + immediate + 1 < opcode_end; ++at) e.byte(bytes[at]);
+      e.byte((bytes[at++] & ~7u) | unsigned(rsp_register));
+      for (; at < opcode_end; ++at) e.byte(bytes[at]);
       return true;
     }
     for (; at < opcode_end; ++at) e.byte(bytes[at]);
     return true;
   }
-  for (; at < opcode_end; ++at) e.byte(bytes[at]);
+  for (; at < opcode_end; ++at) {
+    // 82 is another 80 that 64-bit mode does not have.
+    const bool alias = bytes[at] == 0x82 && instruction.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT &&
+                       instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY;
+    e.byte(alias ? 0x80 : bytes[at]);
+  }
 
   unsigned modrm = bytes[modrm_at];
   if (memory_form) modrm = (modrm & 0x38) | unsigned(memory_register);
@@ -310,7 +323,59 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
   unsigned tail = modrm_at + 1;
   if (instruction.attributes & ZYDIS_ATTRIB_HAS_SIB) ++tail;
   tail += instruction.raw.disp.size / 8;
-  for (; tail < instruction.length; ++tail) e.byte(bytes[tail]);
+  bool register_in_immediate = false;
+  for (const ZydisDecodedOperand& operand : operands)
+    register_in_immediate |= operand.encoding == ZYDIS_OPERAND_ENCODING_IS4;
+  for (; tail < instruction.length; ++tail)
+    e.byte(register_in_immediate && !wide_registers ? bytes[tail] & 0x7fu : bytes[tail]);
+  return true;
+}
+
+/// Whether the code is what it was meant to be: the same instruction on the same operands, but for the memory operand's
+/// address and the register in RSP's place. What a byte means depends on the mode, and nothing that the guest made up
+/// may run as something else.
+bool is_same_instruction(const ZydisDecodedInstruction& instruction, std::span<const ZydisDecodedOperand> operands,
+                         std::span<const u8> code, int memory_register, int rsp_register) {
+  static const ZydisDecoder decoder = [] {
+    ZydisDecoder decoder;
+    ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+    ZydisDecoderEnableMode(&decoder, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
+    ZydisDecoderEnableMode(&decoder, ZYDIS_DECODER_MODE_KNC, ZYAN_FALSE);
+    return decoder;
+  }();
+  ZydisDecodedInstruction emitted;
+  ZydisDecodedOperand emitted_operands[ZYDIS_MAX_OPERAND_COUNT];
+  if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, code.data(), code.size(), &emitted, emitted_operands)))
+    return false;
+  constexpr ZydisInstructionAttributes same = ZYDIS_ATTRIB_HAS_LOCK;
+  if (emitted.length != code.size() || emitted.mnemonic != instruction.mnemonic ||
+      emitted.operand_count_visible != instruction.operand_count_visible ||
+      (emitted.attributes & same) != (instruction.attributes & same))
+    return false;
+  for (unsigned n = 0; n < emitted.operand_count_visible; ++n) {
+    const ZydisDecodedOperand &ours = emitted_operands[n], &guests = operands[n];
+    if (ours.type != guests.type || ours.size != guests.size) return false;
+    switch (ours.type) {
+      case ZYDIS_OPERAND_TYPE_REGISTER: {
+        if (ours.reg.value == guests.reg.value) break;
+        const auto whole = [](ZydisRegister reg) {
+          return ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, reg);
+        };
+        if (whole(guests.reg.value) != ZYDIS_REGISTER_RSP || ZydisRegisterGetId(whole(ours.reg.value)) != rsp_register)
+          return false;
+        break;
+      }
+      case ZYDIS_OPERAND_TYPE_MEMORY:
+        if (ours.mem.base != ZYDIS_REGISTER_RAX + memory_register || ours.mem.index != ZYDIS_REGISTER_NONE ||
+            ours.mem.disp.value != 0 || ours.mem.segment == ZYDIS_REGISTER_FS || ours.mem.segment == ZYDIS_REGISTER_GS)
+          return false;
+        break;
+      case ZYDIS_OPERAND_TYPE_IMMEDIATE:
+        if (ours.imm.value.u != guests.imm.value.u) return false;
+        break;
+      default: return false;
+    }
+  }
   return true;
 }
 
@@ -399,7 +464,14 @@ EmitResult emit_native(const ZydisDecodedInstruction& instruction, std::span<con
   for (unsigned reg = 0; reg < 16; ++reg)
     if (uses.gpr >> reg & 1) e.load(reg == x86::rsp ? unsigned(rsp_register) : reg, context, gpr_at + reg * 8);
 
-  if (!emit_instruction(e, instruction, operands, bytes, code_bits, uses, memory_register, rsp_register)) return {};
+  const Emitter before = e;
+  for (const bool other_size : {false, true}) {
+    if (!emit_instruction(e, instruction, operands, bytes, code_bits, uses, memory_register, rsp_register, other_size))
+      return {};
+    if (is_same_instruction(instruction, operands, {before.at(), e.at()}, memory_register, rsp_register)) break;
+    if (other_size || code_bits == 64) return {};
+    e = before;
+  }
 
   for (unsigned reg = 0; reg < 16; ++reg)
     if (uses.gpr_written >> reg & 1) e.store(reg == x86::rsp ? unsigned(rsp_register) : reg, context, gpr_at + reg * 8);
