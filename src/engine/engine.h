@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <string_view>
 
 #include "x86/cpu.h"
 
@@ -23,20 +22,11 @@ class Engine {
   virtual void step(x86::Cpu& cpu) = 0;
 
   virtual const char* name() const = 0;
+
+  /// Whether this is the host's address of guest code that the engine lets the host CPU execute. Async-signal-safe.
+  virtual bool is_native_code(const void*) const { return false; }
 };
 
 std::unique_ptr<Engine> make_interpreter();
-std::unique_ptr<Engine> make_translator();
-
-enum class Kind : u8 { interpret, translate };
-/// "interpret", "translate", or "auto" for what this version thinks best. false: no such engine.
-bool parse_kind(std::string_view name, Kind& kind);
-const char* name_of(Kind kind);
-
-/// The engine of the vCPUs that are created from now on, in the whole process. Before set_default_kind() it is what the
-/// environment variable ANYKVM_ENGINE names; false: it names none (the variable's value is in `invalid`).
-bool default_kind(Kind& kind, const char** invalid = nullptr);
-void set_default_kind(Kind kind);
-std::unique_ptr<Engine> make(Kind kind);
 
 }  // namespace anykvm::engine

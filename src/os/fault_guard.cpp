@@ -7,6 +7,10 @@
 #include <atomic>
 #include <cstdint>
 
+#if defined(__SANITIZE_THREAD__)
+#include <csetjmp>
+#endif
+
 #include "os/signal_handlers.h"
 #include "x86/types.h"
 
@@ -36,7 +40,7 @@ static_assert(offsetof(Guard, stack) == 0 && offsetof(Guard, mxcsr) == 8 && offs
 /// initial-exec: reached without __tls_get_addr, which may allocate.
 [[gnu::tls_model("initial-exec")]] constinit thread_local Guard* innermost = nullptr;
 
-constexpr int handled_signals[] = {SIGSEGV, SIGBUS, SIGFPE};
+constexpr int handled_signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 }  // namespace
 
 extern "C" {
@@ -118,11 +122,16 @@ namespace {
 /// Flags that would disturb the code at the landing: TF, DF, AC.
 constexpr greg_t disturbing_flags = 0x100 | 0x400 | 0x40000;
 
+HostFaults kind_of(int signal) {
+  if (signal == SIGFPE) return HostFaults::arithmetic;
+  return signal == SIGILL ? HostFaults::illegal : HostFaults::memory;
+}
+
 bool unwind_guard(int signal, siginfo_t* info, mcontext_t& machine) {
-  const unsigned kind = static_cast<unsigned>(signal == SIGFPE ? HostFaults::arithmetic : HostFaults::memory);
+  const unsigned kind = static_cast<unsigned>(kind_of(signal));
   for (Guard* guard = innermost; guard; guard = guard->outer) {
     if (!(guard->catches & kind)) continue;
-    if (signal != SIGFPE && guard->accepts && !guard->accepts(guard->arg, info->si_addr)) continue;
+    if (guard->accepts && !guard->accepts(guard->arg, info->si_addr)) continue;
 #if defined(__SANITIZE_ADDRESS__)
     __asan_handle_no_return();
 #endif
@@ -140,7 +149,7 @@ bool on_fault(int signal, siginfo_t* info, void* context) {
   if (info->si_code <= 0) return false;
   mcontext_t& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
   const auto rip = reinterpret_cast<const char*>(machine.gregs[REG_RIP]);
-  if (signal != SIGFPE && rip >= anykvm_user_copy && rip < anykvm_user_copy_end) {
+  if (kind_of(signal) == HostFaults::memory && rip >= anykvm_user_copy && rip < anykvm_user_copy_end) {
     machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(anykvm_user_copy_fault);
     return true;
   }
@@ -175,9 +184,21 @@ bool run_guarded(void (*f)(void*), void* arg, HostFaults catches, bool (*accepts
   guard.arg = arg;
   guard.outer = innermost;
   innermost = &guard;
+#if defined(__SANITIZE_THREAD__)
+  // The sanitizer keeps a call stack of its own, which only longjmp() cuts back to what it is here.
+  std::jmp_buf here;
+  if (setjmp(here)) {
+    innermost = guard.outer;
+    return false;
+  }
+  if (!anykvm_guarded_call(f, arg, &guard)) std::longjmp(here, 1);
+  innermost = guard.outer;
+  return true;
+#else
   const bool finished = anykvm_guarded_call(f, arg, &guard);
   innermost = guard.outer;
   return finished;
+#endif
 }
 
 }  // namespace anykvm::os

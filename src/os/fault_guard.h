@@ -1,5 +1,5 @@
 // Host faults that are not bugs: guest RAM that the client has unmapped or protected, a bad pointer in an ioctl. A
-// process-wide handler for SIGSEGV, SIGBUS and SIGFPE unwinds the guarded call that met one; every other fault goes to
+// process-wide handler for SIGSEGV, SIGBUS, SIGFPE and SIGILL unwinds the guarded call that met one; every other fault goes to
 // whoever handled it before, or kills the process as if the handler were not there.
 #pragma once
 
@@ -9,7 +9,8 @@ namespace anykvm::os {
 enum class HostFaults : unsigned {
   memory = 1,      ///< SIGSEGV and SIGBUS
   arithmetic = 2,  ///< SIGFPE
-  all = memory | arithmetic,
+  illegal = 4,     ///< SIGILL
+  all = memory | arithmetic | illegal,
 };
 
 /// Installs the handlers (SA_ONSTACK | SA_SIGINFO | SA_NODEFER) in front of the client's. The first call does it, the
@@ -21,8 +22,9 @@ void install_fault_handlers();
 /// control are those of before; what f was doing is abandoned, and destructors of its frames do not run. Guards nest;
 /// the innermost that catches the fault gets it. No allocation, no lock, no system call.
 ///
-/// accepts, when given, is asked (in the signal handler) whether a memory fault at this address is expected; it keeps
-/// a crash of somebody else's signal handler on top of f from being taken for ours.
+/// accepts, when given, is asked (in the signal handler) whether a fault is expected at this address, of the memory or,
+/// for the other kinds, of the instruction; it keeps a crash of somebody else's signal handler on top of f from being
+/// taken for ours.
 bool run_guarded(void (*f)(void*), void* arg, HostFaults catches = HostFaults::memory,
                  bool (*accepts)(void* arg, const void* address) = nullptr);
 

@@ -1,4 +1,5 @@
 // What the vCPU is to its CPU, its local APIC and its paravirtual devices: the machine around them.
+#include "engine/engine.h"
 #include "irqchip/apic_bus.h"
 #include "irqchip/irqchip.h"
 #include "vcpu/vcpu.h"
@@ -17,7 +18,14 @@ constexpr u64 apic_base_bits =
 
 x86::HostPage Vcpu::page(Gpa gpa, bool for_write) { return vm_->memory().page(gpa, for_write, slot_hint_); }
 
-bool Vcpu::is_guest_memory(const void* host) const { return vm_->memory().contains_host(host); }
+/// In a signal handler: whether the guest's memory, or its code on the host CPU, is at fault for what happened here.
+bool Vcpu::accepts_fault(const void* address) {
+  if (vm_->memory().contains_host(address)) return true;
+#ifndef ANYKVM_FUZZ  // which is after exactly this
+  if (engine_->is_native_code(address)) return host_refused_code_ = true;
+#endif
+  return false;
+}
 
 bool Vcpu::mmio_read(Gpa gpa, void* data, unsigned length) {
   if (apic_ && apic_->covers(gpa)) {
@@ -39,13 +47,11 @@ bool Vcpu::mmio_write(Gpa gpa, const void* data, unsigned length) {
 }
 
 bool Vcpu::pio_in(u16 port, void* data, unsigned size) {
-  stats_.add(vm::VcpuStat::io_exits);
   irqchip::IrqChips* chips = vm_->chips();
   return chips && chips->pio_read(port, data, size);
 }
 
 bool Vcpu::pio_out(u16 port, const void* data, unsigned size) {
-  stats_.add(vm::VcpuStat::io_exits);
   irqchip::IrqChips* chips = vm_->chips();
   return (chips && chips->pio_write(port, data, size)) ||
          vm_->ioeventfds().write(vm::IoEventFds::Bus::pio, port, data, size) || coalesce(true, port, data, size);
@@ -116,10 +122,7 @@ x86::Result Vcpu::write_cr8(u64 value) {
   return x86::Result::ok;
 }
 
-x86::Result Vcpu::hypercall() {
-  stats_.add(vm::VcpuStat::hypercalls);
-  return paravirt_.hypercall(vm_->hypercall_exits_enabled());
-}
+x86::Result Vcpu::hypercall() { return paravirt_.hypercall(vm_->hypercall_exits_enabled()); }
 
 u64 Vcpu::tsc_deadline_ns(u64 guest_tsc) { return paravirt_.monotonic_ns_of_tsc(guest_tsc); }
 

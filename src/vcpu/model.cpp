@@ -2,11 +2,9 @@
 // Reference: api.rst 4.18 - 4.20 KVM_GET/SET_MSRS, KVM_SET_CPUID; 4.22 FPU; 4.42 XSAVE; 4.55 TSC_KHZ; 4.17
 // KVM_SET_SIGNAL_MASK.
 #include <sys/eventfd.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <string>
 
 #include "vcpu/signal_mask.h"
 #include "vcpu/vcpu.h"
@@ -236,11 +234,6 @@ int Vcpu::set_vapic_addr(u64 address) {
 
 /// As on a CPU that virtualises the TPR: the guest reaches it without an exit, so that there is none to report.
 int Vcpu::tpr_access_reporting(kvm_tpr_access_ctl& control) { return control.flags ? -EINVAL : 0; }
-
-int Vcpu::get_stats_fd() {
-  std::lock_guard lock(mutex_);
-  return stats_.open("kvm-" + std::to_string(getpid()) + "/vcpu-" + std::to_string(id_));
-}
 
 int Vcpu::enable_cap(const kvm_enable_cap& cap) {
   std::lock_guard lock(mutex_);

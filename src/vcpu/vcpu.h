@@ -20,7 +20,6 @@
 #include "os/fault_guard.h"
 #include "os/signal_handlers.h"
 #include "paravirt/paravirt.h"
-#include "vm/stats.h"
 #include "x86/cpu.h"
 #include "x86/machine.h"
 
@@ -94,7 +93,6 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int set_vapic_addr(u64 address);  ///< 0: none
   int tpr_access_reporting(kvm_tpr_access_ctl& control);
   int enable_cap(const kvm_enable_cap& cap);
-  int get_stats_fd();  ///< a new descriptor
 
   // --- any thread -------------------------------------------------------------------------------------------------
   /// Has the vCPU forget every host pointer into guest memory; returns when it has, or will before it uses one.
@@ -146,10 +144,10 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int next_mmio_write();
   int exit_pio();
   int exit_halt();
-  int exit_irq_window();
   int exit_debug();
   int exit_hypercall();
   int exit_internal_error();
+  int run_refused();
   int sync_regs_in();
   void sync_regs_out();
   void save_run_state();
@@ -162,10 +160,10 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
       Vcpu& vcpu;
     } call{f, *this};
     return os::run_guarded(
-        [](void* arg) { static_cast<Call*>(arg)->f(); }, &call, os::HostFaults::memory,
-        [](void* arg, const void* address) { return static_cast<Call*>(arg)->vcpu.is_guest_memory(address); });
+        [](void* arg) { static_cast<Call*>(arg)->f(); }, &call, os::HostFaults::all,
+        [](void* arg, const void* address) { return static_cast<Call*>(arg)->vcpu.accepts_fault(address); });
   }
-  bool is_guest_memory(const void* host) const;
+  bool accepts_fault(const void* address);
 
   // events.cpp
   bool accept_init_sipi();
@@ -239,13 +237,13 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   u64 apic_base_ = 0;       ///< without a local APIC
   u64 cr8_ = 0;             ///< without a local APIC
   int client_vector_ = -1;  ///< of KVM_INTERRUPT, with a local APIC but no PIC
-  vm::VcpuStats stats_;
-  int ioapic_eoi_ = -1;  ///< vector whose EOI the client is to hear of
+  int ioapic_eoi_ = -1;     ///< vector whose EOI the client is to hear of
   kvm_coalesced_mmio_ring* coalesced_ring_ = nullptr;
   bool msr_answered_ = false;  ///< kvm_run holds the client's answer for the RDMSR or WRMSR that starts again
   u32 msr_reason_ = 0;         ///< KVM_MSR_EXIT_REASON_* of the exit
   Gpa vapic_ = 0;              ///< KVM_SET_VAPIC_ADDR; 0: none
   bool has_run_ = false;
+  bool host_refused_code_ = false;           ///< the host CPU raised an exception in the engine's native code
   bool check_state_ = true;                  ///< the client has set registers since the last entry
   bool window_wanted_ = false;               ///< an event waits for the interrupt window to open
   bool tpr_lowered_ = false;                 ///< without a local APIC: KVM_EXIT_SET_TPR is due

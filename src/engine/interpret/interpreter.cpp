@@ -60,6 +60,10 @@ class Interpreter final : public Engine {
   void run(Cpu& cpu) override { execute<false>(cpu); }
   void step(Cpu& cpu) override { execute<true>(cpu); }
   const char* name() const override { return "interpret"; }
+  bool is_native_code(const void* address) const override {
+    const auto at = static_cast<const u8*>(address);
+    return at >= code_ && at < code_ + std::size_t(cache_entries) * native_code_bytes;
+  }
 
  private:
   template <bool single>
