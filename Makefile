@@ -2,7 +2,7 @@
 PRESET ?= release
 BUILD = build/$(PRESET)
 
-.PHONY: help run build test bench asan tsan format clean packages guests selftests
+.PHONY: help run build test bench asan tsan fuzz fuzz-ioctl fuzz-guest fuzz-loader format clean packages guests selftests
 
 help:
 	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
@@ -12,6 +12,7 @@ help:
 	@echo "make asan     all tests under the address and undefined-behaviour sanitizers"
 	@echo "make tsan     the unit tests under the thread sanitizer"
 	@echo "make selftests  the kernel's own KVM selftests on the engine, into docs/selftests.md"
+	@echo "make fuzz     fuzz the ioctls, guest code and the loader, FUZZ_TIME seconds each (fuzz-ioctl, fuzz-guest: one of them)"
 	@echo "make format   clang-format over the sources"
 	@echo "make clean    remove build/ (cache/, the fetched guests, stays)"
 
@@ -50,6 +51,12 @@ selftests: packages build
 tsan: packages
 	@$(MAKE) PRESET=tsan build
 	@ctest --test-dir build/tsan --output-on-failure --no-tests=error -j $$(nproc) -L unit
+
+FUZZ_TIME ?= 60
+fuzz:
+	@scripts/fuzz $(FUZZ_TIME)
+fuzz-ioctl fuzz-guest fuzz-loader: fuzz-%:
+	@scripts/fuzz $(FUZZ_TIME) $*
 
 bench: packages build guests
 	@scripts/setup bench
