@@ -1,6 +1,7 @@
 // Which CPU it is and what belongs to its model: CPUID, MSRs, FPU state, the TSC's frequency, the signal mask.
 // Reference: api.rst 4.18 - 4.20 KVM_GET/SET_MSRS, KVM_SET_CPUID; 4.22 FPU; 4.42 XSAVE; 4.55 TSC_KHZ; 4.17
 // KVM_SET_SIGNAL_MASK.
+#include <asm/kvm_para.h>
 #include <sys/eventfd.h>
 
 #include <algorithm>
@@ -137,6 +138,8 @@ int Vcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
   const bool apic_enabled = apic_base() & irqchip::LocalApic::base_enable;
   // A guest that has run must not see its CPU change; setting the same again is what CPU hot-plug does.
   if (has_run_) return cpu_.cpuid.equals(cpu_.state, apic_enabled, entries) ? 0 : -EINVAL;
+  // A vCPU that keeps its halts to itself cannot be kicked out of them.
+  if (vm_->halts_in_guest()) cpu_.cpuid.withhold_kvm_features(1u << KVM_FEATURE_PV_UNHALT);
   if (const int error = cpu_.cpuid.set(entries)) return error;
   cpuid_set();
   return 0;

@@ -95,7 +95,6 @@ Result resolve_dr(Cpu& cpu, unsigned& index) {
 
 u64 cr4_reserved(const Cpu& cpu) {
   u64 reserved = ~cr4_supported;
-  if (!cpu.cpuid.is_set()) return reserved;
   constexpr struct {
     Feature feature;
     u64 bit;
@@ -103,7 +102,7 @@ u64 cr4_reserved(const Cpu& cpu) {
               {Feature::fsgsbase, cr4::fsgsbase}, {Feature::umip, cr4::umip}, {Feature::pcid, cr4::pcide},
               {Feature::pku, cr4::pke},           {Feature::la57, cr4::la57}};
   for (const auto& row : rows) {
-    if (!cpu.cpuid.has(row.feature)) reserved |= row.bit;
+    if (cpu.cpuid.is_set() ? !cpu.cpuid.has(row.feature) : !supports(row.feature)) reserved |= row.bit;
   }
   return reserved;
 }

@@ -76,7 +76,7 @@ int Cpuid::set(std::span<const kvm_cpuid_entry2> entries) {
   word(CpuidWord::ext7_edx) = leaf(0x80000007).edx;
   word(CpuidWord::ext8_ebx) = leaf(0x80000008).ebx;
   word(CpuidWord::ext21_eax) = leaf(0x80000021).eax;
-  word(CpuidWord::kvm_eax) = kvm_base_ ? leaf(kvm_base_ + 1).eax : 0;
+  word(CpuidWord::kvm_eax) = kvm_base_ ? leaf(kvm_base_ + 1).eax & ~withheld_kvm_features_ : 0;
 
   physical_bits_ = 36;
   if (leaf(0x80000000).eax >= 0x80000008)
@@ -104,6 +104,7 @@ void Cpuid::apply_runtime(kvm_cpuid_entry2& e, const CpuState& state, bool apic_
         e.ebx = xsave_layout().compacted_size(state.xcr0 | state.msr.xss);
       break;
   }
+  if (kvm_base_ && e.function == kvm_base_ + 1) e.eax &= ~withheld_kvm_features_;
 }
 
 void Cpuid::get(const CpuState& state, bool apic_enabled, std::span<kvm_cpuid_entry2> out) const {

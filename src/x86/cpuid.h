@@ -34,6 +34,8 @@ class Cpuid {
   /// KVM_SET_CPUID2: the data is taken as it is. 0, -E2BIG (> 256 entries), -EINVAL (linear address width neither 48
   /// nor 57 nor 0).
   int set(std::span<const kvm_cpuid_entry2> entries);
+  /// Features of KVM's own leaf that no set() gives to the guest from now on.
+  void withhold_kvm_features(u32 features) { withheld_kvm_features_ = features; }
   bool is_set() const { return !entries_.empty(); }
   /// The entries as they were set. KVM_GET_CPUID2 shows them with the runtime bits: get().
   std::span<const kvm_cpuid_entry2> entries() const { return entries_; }
@@ -70,7 +72,7 @@ class Cpuid {
   u32 words_[unsigned(CpuidWord::count)] = {};
   Vendor vendor_ = Vendor::other;
   u8 physical_bits_ = 36;
-  u32 kvm_base_ = 0;
+  u32 kvm_base_ = 0, withheld_kvm_features_ = 0;
   u64 allowed_xcr0_ = 0;
 };
 

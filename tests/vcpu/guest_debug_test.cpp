@@ -124,6 +124,22 @@ TEST_F(GuestDebug, AHaltIsSteppedIntoWhereTheChipsAreOurs) {
 // --- exits that can be turned off or on
 // -------------------------------------------------------------------------------
 
+TEST_F(GuestDebug, AHaltLeftToTheGuestHidesPvUnhalt) {
+  constexpr u32 pv_unhalt = 1 << 7, pv_eoi = 1 << 6;
+  const kvm_cpuid_entry2 leaves[] = {{0x40000000, 0, 0, 0x40000001, 0x4b4d564b, 0x564b4d56, 0x4d, {}},
+                                     {0x40000001, 0, 0, pv_unhalt | pv_eoi, 0, 0, 0, {}}};
+  auto& vcpu = add_vcpu();
+  kvm_cpuid_entry2 got[2];
+  u32 count;
+  ASSERT_EQ(vcpu.set_cpuid2(leaves), 0);
+  ASSERT_EQ(vcpu.get_cpuid2(got, count), 0);
+  EXPECT_EQ(got[1].eax, pv_unhalt | pv_eoi);
+  ASSERT_EQ(machine->enable_cap({.cap = KVM_CAP_X86_DISABLE_EXITS, .args = {KVM_X86_DISABLE_EXITS_HLT}}), 0);
+  ASSERT_EQ(vcpu.set_cpuid2(leaves), 0);
+  ASSERT_EQ(vcpu.get_cpuid2(got, count), 0);
+  EXPECT_EQ(got[1].eax, pv_eoi);
+}
+
 TEST_F(GuestDebug, AHaltLeftToTheGuestEndsWithAnEvent) {
   EXPECT_EQ(machine->enable_cap({.cap = KVM_CAP_X86_DISABLE_EXITS, .args = {16}}), -EINVAL);
   EXPECT_EQ(machine->enable_cap({.cap = KVM_CAP_X86_DISABLE_EXITS, .args = {KVM_X86_DISABLE_EXITS_HLT}}), 0);

@@ -43,11 +43,14 @@ TEST_F(ControlRegisters, RefusedValues) {
 }
 
 TEST_F(ControlRegisters, CpuidReservesBits) {
-  EXPECT_EQ(cr4_reserved(cpu), ~cr4_supported);
+  // Before KVM_SET_CPUID2: what KVM_GET_SUPPORTED_CPUID does not offer.
+  EXPECT_EQ(!(cr4_reserved(cpu) & cr4::la57), supports(Feature::la57));
+  EXPECT_EQ(!(cr4_reserved(cpu) & cr4::pke), supports(Feature::pku));
+  EXPECT_EQ(cr4_reserved(cpu) & ~(cr4::la57 | cr4::pke), ~cr4_supported);
   kvm_cpuid_entry2 leaf = {.function = 1, .ecx = 1u << 17};
   ASSERT_EQ(cpu.cpuid.set({&leaf, 1}), 0);
-  EXPECT_EQ(cr4_reserved(cpu), ~cr4_supported | cr4::osxsave | cr4::smep | cr4::smap | cr4::fsgsbase | cr4::umip |
-                                   cr4::pke | cr4::la57);
+  EXPECT_EQ(cr4_reserved(cpu),
+            ~cr4_supported | cr4::osxsave | cr4::smep | cr4::smap | cr4::fsgsbase | cr4::umip | cr4::pke | cr4::la57);
 }
 
 TEST_F(ControlRegisters, Cr8IsTheMachines) {
