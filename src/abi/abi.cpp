@@ -5,11 +5,13 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <new>
 
 #include "abi/fd_table.h"
 #include "abi/ioctl_table.h"
 #include "anykvm/kvm.h"
+#include "engine/engine.h"
 #include "os/fault_guard.h"
 #include "os/memory_file.h"
 #include "os/process_identity.h"
@@ -36,6 +38,11 @@ long dispatch(const OpenFile& file, int fd, u32 number, u64 arg) {
 }  // namespace
 
 int open_system(int flags) {
+  engine::Kind kind;
+  if (const char* invalid = nullptr; !engine::default_kind(kind, &invalid)) {
+    std::fprintf(stderr, "anykvm: ANYKVM_ENGINE is '%s'; it may be interpret, translate or auto\n", invalid);
+    return -EINVAL;
+  }
   os::install_fault_handlers();
   const int fd = os::create_memory_file("kvm", 0);
   if (fd < 0) return fd;

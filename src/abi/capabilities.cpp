@@ -109,6 +109,7 @@ constexpr auto table = sorted(std::to_array<Capability>({
     // the API itself
     {NAMED(KVM_CAP_SYNC_REGS), constant<KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS>},
     {NAMED(KVM_CAP_VM_TYPES), constant<1>},  // KVM_X86_DEFAULT_VM
+    {NAMED(KVM_CAP_BINARY_STATS_FD), constant<1>},
     {NAMED(KVM_CAP_DEVICE_CTRL), constant<1>},
     {NAMED(KVM_CAP_SYS_ATTRIBUTES), constant<1>},
     {NAMED(KVM_CAP_VCPU_ATTRIBUTES), constant<1>},

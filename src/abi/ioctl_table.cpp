@@ -62,6 +62,7 @@ constexpr auto table = sorted(std::to_array<Ioctl>({
     TYPED(by_pointer, KVM_SET_USER_MEMORY_REGION2, &Vm::set_user_memory_region2, "KVM_CAP_USER_MEMORY2"),
     TYPED(by_pointer, KVM_CLEAR_DIRTY_LOG, &Vm::clear_dirty_log, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"),
     TYPED(by_value, KVM_SET_NR_MMU_PAGES, &Vm::set_nr_mmu_pages, "KVM_CAP_MMU_SHADOW_CACHE_CONTROL"),
+    TYPED(plain, KVM_GET_STATS_FD, &Vm::get_stats_fd, "KVM_CAP_BINARY_STATS_FD"),
     TYPED(by_pointer, KVM_CREATE_DEVICE, &Vm::create_device, "KVM_CAP_DEVICE_CTRL"),
     TYPED(by_pointer, KVM_GET_DIRTY_LOG, &Vm::get_dirty_log, basic),
     TYPED(by_value, KVM_SET_TSS_ADDR, &Vm::set_tss_addr, "KVM_CAP_SET_TSS_ADDR"),
@@ -134,6 +135,7 @@ constexpr auto table = sorted(std::to_array<Ioctl>({
     written<kvm_vapic_addr>(vcpu, NAMED(KVM_SET_VAPIC_ADDR), in, "KVM_CAP_VAPIC", set_vapic_addr),
     TYPED(by_pointer, KVM_TPR_ACCESS_REPORTING, &Vcpu::tpr_access_reporting, "KVM_CAP_VAPIC"),
     TYPED(plain, KVM_KVMCLOCK_CTRL, &Vcpu::kvmclock_ctrl, "KVM_CAP_KVMCLOCK_CTRL"),
+    TYPED(plain, KVM_GET_STATS_FD, &Vcpu::get_stats_fd, "KVM_CAP_BINARY_STATS_FD"),
     TYPED(by_pointer, KVM_ENABLE_CAP, &Vcpu::enable_cap, "KVM_CAP_ENABLE_CAP"),
 }));
 // clang-format on

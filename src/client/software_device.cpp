@@ -1,6 +1,9 @@
 // The engine of this library as a KvmDevice: the same calls an interposed program ends in.
+#include <stdexcept>
+
 #include "abi/abi.h"
 #include "anykvm/kvm_device.h"
+#include "engine/engine.h"
 
 namespace anykvm {
 
@@ -18,6 +21,12 @@ class SoftwareDevice final : public KvmDevice {
 
 }  // namespace
 
-std::shared_ptr<KvmDevice> KvmDevice::software() { return std::make_shared<SoftwareDevice>(); }
+std::shared_ptr<KvmDevice> KvmDevice::software(std::string_view engine) {
+  engine::Kind kind;
+  if (!engine::parse_kind(engine, kind))
+    throw std::invalid_argument("anykvm: no engine is called '" + std::string(engine) + "'");
+  if (!engine.empty()) engine::set_default_kind(kind);
+  return std::make_shared<SoftwareDevice>();
+}
 
 }  // namespace anykvm

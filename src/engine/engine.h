@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <string_view>
 
 #include "x86/cpu.h"
 
@@ -28,5 +29,17 @@ class Engine {
 };
 
 std::unique_ptr<Engine> make_interpreter();
+std::unique_ptr<Engine> make_translator();
+
+enum class Kind : u8 { interpret, translate };
+/// "interpret", "translate", or "auto" for what this version thinks best. false: no such engine.
+bool parse_kind(std::string_view name, Kind& kind);
+const char* name_of(Kind kind);
+
+/// The engine of the vCPUs that are created from now on, in the whole process. Before set_default_kind() it is what the
+/// environment variable ANYKVM_ENGINE names; false: it names none (the variable's value is in `invalid`).
+bool default_kind(Kind& kind, const char** invalid = nullptr);
+void set_default_kind(Kind kind);
+std::unique_ptr<Engine> make(Kind kind);
 
 }  // namespace anykvm::engine

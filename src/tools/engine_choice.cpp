@@ -7,7 +7,7 @@ namespace anykvm::tools {
 
 EngineChoice choose_engine(const std::string& wish) {
   if (wish == "host") return {.host = true, .name = "host", .reason = "asked for", .host_kvm = {}};
-  if (wish == "interpret") return {.host = false, .name = "interpret", .reason = "asked for", .host_kvm = {}};
+  if (wish != "auto") return {.host = false, .name = wish, .reason = "asked for", .host_kvm = {}};
   const HostProbe probe = probe_host_kvm();
   return {.host = probe.serves,
           .name = probe.serves ? "host" : "interpret",
@@ -16,7 +16,7 @@ EngineChoice choose_engine(const std::string& wish) {
 }
 
 std::shared_ptr<KvmDevice> open_engine(const EngineChoice& choice) {
-  return choice.host ? KvmDevice::host() : KvmDevice::software();
+  return choice.host ? KvmDevice::host() : KvmDevice::software(choice.name);
 }
 
 }  // namespace anykvm::tools

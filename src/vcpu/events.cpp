@@ -121,10 +121,12 @@ bool Vcpu::inject_events() {
     if (!inject_exception()) return false;
   } else if (event.nmi_injected) {
     event.nmi_injected = false;
+    stats_.add(vm::VcpuStat::nmi_injections);
     if (cpu_.deliver_nmi() == Result::exit) return false;
   } else if (event.interrupt_injected) {
     event.interrupt_injected = false;
     event.shadow = 0;
+    stats_.add(vm::VcpuStat::irq_injections);
     if (cpu_.deliver_interrupt(event.interrupt_vector) == Result::exit) return false;
   }
 
@@ -132,6 +134,7 @@ bool Vcpu::inject_events() {
   if (event.nmi_pending != 0) {
     if (!event.nmi_masked && event.shadow == 0) {
       --event.nmi_pending;
+      stats_.add(vm::VcpuStat::nmi_injections);
       if (cpu_.deliver_nmi() == Result::exit) return false;
     }
     window_wanted_ |= event.nmi_pending != 0;
@@ -139,6 +142,7 @@ bool Vcpu::inject_events() {
   if (has_interrupt()) {
     if (interrupts_allowed()) {
       const int vector = take_interrupt();
+      stats_.add(vm::VcpuStat::irq_injections, vector >= 0);
       if (vector >= 0 && cpu_.deliver_interrupt(static_cast<u8>(vector)) == Result::exit) return false;
       window_wanted_ |= has_interrupt();
     } else {

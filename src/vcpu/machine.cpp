@@ -47,11 +47,13 @@ bool Vcpu::mmio_write(Gpa gpa, const void* data, unsigned length) {
 }
 
 bool Vcpu::pio_in(u16 port, void* data, unsigned size) {
+  stats_.add(vm::VcpuStat::io_exits);
   irqchip::IrqChips* chips = vm_->chips();
   return chips && chips->pio_read(port, data, size);
 }
 
 bool Vcpu::pio_out(u16 port, const void* data, unsigned size) {
+  stats_.add(vm::VcpuStat::io_exits);
   irqchip::IrqChips* chips = vm_->chips();
   return (chips && chips->pio_write(port, data, size)) ||
          vm_->ioeventfds().write(vm::IoEventFds::Bus::pio, port, data, size) || coalesce(true, port, data, size);
@@ -122,7 +124,10 @@ x86::Result Vcpu::write_cr8(u64 value) {
   return x86::Result::ok;
 }
 
-x86::Result Vcpu::hypercall() { return paravirt_.hypercall(vm_->hypercall_exits_enabled()); }
+x86::Result Vcpu::hypercall() {
+  stats_.add(vm::VcpuStat::hypercalls);
+  return paravirt_.hypercall(vm_->hypercall_exits_enabled());
+}
 
 u64 Vcpu::tsc_deadline_ns(u64 guest_tsc) { return paravirt_.monotonic_ns_of_tsc(guest_tsc); }
 

@@ -3,9 +3,11 @@
 // KVM_SET_SIGNAL_MASK.
 #include <asm/kvm_para.h>
 #include <sys/eventfd.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <string>
 
 #include "vcpu/signal_mask.h"
 #include "vcpu/vcpu.h"
@@ -237,6 +239,11 @@ int Vcpu::set_vapic_addr(u64 address) {
 
 /// As on a CPU that virtualises the TPR: the guest reaches it without an exit, so that there is none to report.
 int Vcpu::tpr_access_reporting(kvm_tpr_access_ctl& control) { return control.flags ? -EINVAL : 0; }
+
+int Vcpu::get_stats_fd() {
+  std::lock_guard lock(mutex_);
+  return stats_.open("kvm-" + std::to_string(getpid()) + "/vcpu-" + std::to_string(id_));
+}
 
 int Vcpu::enable_cap(const kvm_enable_cap& cap) {
   std::lock_guard lock(mutex_);

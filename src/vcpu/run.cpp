@@ -14,6 +14,7 @@
 
 namespace anykvm::vcpu {
 
+using vm::VcpuStat;
 using x86::ExitKind;
 
 namespace {
@@ -109,12 +110,18 @@ int Vcpu::run_loop() {
   for (;;) {
     const int result = mp_state_ == KVM_MP_STATE_RUNNABLE ? enter_guest() : block();
     if (result != go_on) return result;
-    if (wants_interrupt_window() && ready_for_client_interrupt()) return exit_to_client(KVM_EXIT_IRQ_WINDOW_OPEN);
+    if (wants_interrupt_window() && ready_for_client_interrupt()) return exit_irq_window();
     if (signal_arrived()) {
+      stats_.add(VcpuStat::signal_exits);
       run_->exit_reason = KVM_EXIT_INTR;
       return -EINTR;
     }
   }
+}
+
+int Vcpu::exit_irq_window() {
+  stats_.add(VcpuStat::request_irq_exits);
+  return exit_to_client(KVM_EXIT_IRQ_WINDOW_OPEN);
 }
 
 /// Serves what is waiting, injects what may be injected, and runs the guest once.
@@ -138,6 +145,7 @@ int Vcpu::enter_guest() {
 
   cpu_.exit.kind = ExitKind::none;
   if (!guarded([this] { enter_guarded(); })) return run_refused();
+  stats_.add(VcpuStat::exits);
   return handle_exit();
 }
 
@@ -201,6 +209,7 @@ int Vcpu::handle_exit() {
       run_->mmio.len = wanted.length;
       run_->mmio.is_write = 0;
       pending_ = Pending::mmio_read;
+      stats_.add(VcpuStat::mmio_exits);
       pending_rip_ = cpu_.state.rip;
       return exit_to_client(KVM_EXIT_MMIO);
     }
@@ -223,6 +232,7 @@ int Vcpu::next_mmio_write() {
   run_->mmio.is_write = 1;
   std::memcpy(run_->mmio.data, write.data, write.length);
   pending_ = Pending::mmio_write;
+  stats_.add(VcpuStat::mmio_exits);
   return exit_to_client(KVM_EXIT_MMIO);
 }
 
@@ -239,6 +249,7 @@ int Vcpu::exit_pio() {
 }
 
 int Vcpu::exit_halt() {
+  stats_.add(VcpuStat::halt_exits);
   if (!apic_ && !vm_->halts_in_guest()) return exit_to_client(KVM_EXIT_HLT);
   mp_state_ = KVM_MP_STATE_HALTED;
   return go_on;
@@ -275,6 +286,7 @@ int Vcpu::exit_hypercall() {
 /// from the kernel the client gets it, as KVM's emulator does both.
 int Vcpu::exit_internal_error() {
   const x86::Exit& exit = cpu_.exit;
+  stats_.add(VcpuStat::insn_emulation_fail);
   if (cpu_.state.cpl == 3 && exit.kind == ExitKind::internal_error && !vm_->exits_on_emulation_failure()) {
     (void)cpu_.ud();
     cpu_.exit.kind = ExitKind::none;

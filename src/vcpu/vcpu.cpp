@@ -24,7 +24,9 @@ Vcpu::Vcpu(std::shared_ptr<vm::Vm> vm, u32 id, kvm_run* run)
   tsc_offset_seen_ = cpu_.state.tsc_offset;
   cpu_.immediate_exit = &run_->immediate_exit;
   cpu_.pio_data = reinterpret_cast<u8*>(run_) + page_size;
-  engine_ = engine::make_interpreter();
+  engine::Kind kind = engine::Kind::interpret;
+  (void)engine::default_kind(kind);  // opening the system has checked it
+  engine_ = engine::make(kind);
   os::install_fault_handlers();
 }
 

@@ -20,6 +20,7 @@
 #include "os/fault_guard.h"
 #include "os/signal_handlers.h"
 #include "paravirt/paravirt.h"
+#include "vm/stats.h"
 #include "x86/cpu.h"
 #include "x86/machine.h"
 
@@ -93,6 +94,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int set_vapic_addr(u64 address);  ///< 0: none
   int tpr_access_reporting(kvm_tpr_access_ctl& control);
   int enable_cap(const kvm_enable_cap& cap);
+  int get_stats_fd();  ///< a new descriptor
 
   // --- any thread -------------------------------------------------------------------------------------------------
   /// Has the vCPU forget every host pointer into guest memory; returns when it has, or will before it uses one.
@@ -144,6 +146,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int next_mmio_write();
   int exit_pio();
   int exit_halt();
+  int exit_irq_window();
   int exit_debug();
   int exit_hypercall();
   int exit_internal_error();
@@ -237,7 +240,8 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   u64 apic_base_ = 0;       ///< without a local APIC
   u64 cr8_ = 0;             ///< without a local APIC
   int client_vector_ = -1;  ///< of KVM_INTERRUPT, with a local APIC but no PIC
-  int ioapic_eoi_ = -1;     ///< vector whose EOI the client is to hear of
+  vm::VcpuStats stats_;
+  int ioapic_eoi_ = -1;  ///< vector whose EOI the client is to hear of
   kvm_coalesced_mmio_ring* coalesced_ring_ = nullptr;
   bool msr_answered_ = false;  ///< kvm_run holds the client's answer for the RDMSR or WRMSR that starts again
   u32 msr_reason_ = 0;         ///< KVM_MSR_EXIT_REASON_* of the exit

@@ -12,6 +12,7 @@
 
 #include <cerrno>
 
+#include "os/clock.h"
 #include "vcpu/signal_mask.h"
 #include "vcpu/vcpu.h"
 
@@ -31,6 +32,7 @@ void Vcpu::serve_tlb_flush() {
   if (wanted == flushes_done_.load(std::memory_order_relaxed)) [[likely]]
     return;
   cpu_.mmu.flush_all();
+  stats_.add(vm::VcpuStat::tlb_flush);
   flushes_done_.store(wanted, std::memory_order_release);
 }
 
@@ -85,8 +87,13 @@ int Vcpu::block() {
     if (!guarded([&] { has_event = has_events(); })) return -EFAULT;
     if (has_event) break;
     if (signal_arrived() || (wants_interrupt_window() && ready_for_client_interrupt())) return go_on;
+    stats_.set(vm::VcpuStat::blocking, 1);
+    const u64 began = os::monotonic_ns();
     wait(ticket);
+    stats_.add(vm::VcpuStat::halt_wait_ns, os::monotonic_ns() - began);
+    stats_.set(vm::VcpuStat::blocking, 0);
   }
+  stats_.add(vm::VcpuStat::halt_wakeup);
   accept_init_sipi();
   if (mp_state_ == KVM_MP_STATE_HALTED || mp_state_ == KVM_MP_STATE_AP_RESET_HOLD) {
     unhalted_.store(false, std::memory_order_relaxed);

@@ -1,9 +1,11 @@
 #include "vm/vm.h"
 
 #include <linux/kvm_para.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <string>
 
 #include "irqchip/apic_bus.h"
 #include "irqchip/irqchip.h"
@@ -55,7 +57,14 @@ int Vm::clear_dirty_log(const kvm_clear_dirty_log& log) { return memory_.clear_d
 int Vm::set_nr_mmu_pages(u64 pages) { return pages < 64 ? -EINVAL : 0; }
 
 void Vm::flush_all_tlbs() {
-  for_each_vcpu([](vcpu::Vcpu& vcpu) { vcpu.flush_tlb_and_wait(); });
+  u64 asked = 0;
+  for_each_vcpu([&](vcpu::Vcpu& vcpu) {
+    vcpu.flush_tlb_and_wait();
+    ++asked;
+  });
+  std::lock_guard lock(stats_mutex_);
+  stats_.add(VmStat::remote_tlb_flush_requests);
+  if (asked) stats_.add(VmStat::remote_tlb_flush);
 }
 
 /// Where Intel CPUs without unrestricted guest mode need three pages. Nothing here does.
@@ -312,6 +321,11 @@ int Vm::x86_set_msr_filter(const kvm_msr_filter& filter) {
   }
   flush_all_tlbs();  // when it returns, no vCPU reads the old one
   return 0;
+}
+
+int Vm::get_stats_fd() {
+  std::lock_guard lock(stats_mutex_);
+  return stats_.open("kvm-" + std::to_string(getpid()));
 }
 
 /// No kind of device is made this way on x86 but VFIO's file, which this is built without.

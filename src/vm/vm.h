@@ -13,6 +13,7 @@
 
 #include "anykvm/kvm.h"
 #include "vm/memory_slots.h"
+#include "vm/stats.h"
 #include "x86/types.h"
 
 namespace anykvm::os {
@@ -93,6 +94,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
 
   int enable_cap(const kvm_enable_cap& cap);
   int x86_set_msr_filter(const kvm_msr_filter& filter);
+  int get_stats_fd();  ///< a new descriptor
   int create_device(const kvm_create_device& device);
 
   // --- for the vCPUs --------------------------------------------------------------------------------------------
@@ -150,6 +152,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   std::unique_ptr<IoEventFds> ioeventfds_;
   std::unique_ptr<IrqFds> irqfds_;
   std::vector<Member> vcpus_;
+  std::mutex stats_mutex_;
+  VmStats stats_;
   u32 boot_cpu_id_ = 0;
   u32 max_vcpu_ids_ = max_vcpu_ids;
   bool max_vcpu_ids_set_ = false;

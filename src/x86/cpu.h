@@ -109,6 +109,13 @@ inline void copy_host(void* to, const void* from, unsigned size) {
 inline bool canonical(u64 address) { return u64(s64(address << 16) >> 16) == address; }
 inline bool canonical57(u64 address) { return u64(s64(address << 7) >> 7) == address; }
 
+/// How an engine that keeps translations of guest code learns that a page may be written: called when the TLB is about to
+/// let stores to the page at `host` through. An engine that has just translated from a page flushes the TLB.
+struct CodeWatch {
+  void (*written)(void* engine, const u8* host) = nullptr;
+  void* engine = nullptr;
+};
+
 class Cpu {
  public:
   explicit Cpu(Machine& machine);
@@ -124,6 +131,7 @@ class Cpu {
   Cpuid cpuid;  ///< what KVM_SET_CPUID2 gave it; feature checks ask this
   Mmu mmu;
   Machine& machine;
+  CodeWatch code_watch;
   Fault fault;
   Exit exit;
   MmioPort mmio;

@@ -86,6 +86,7 @@ Result Mmu::translate(Cpu& cpu, Gva gva, Access access, Privilege privilege, Tra
   const HostPage page = cpu.machine.page(walk.page, access == Access::write);
   if (!page.host || (access == Access::write && !page.writable)) return Result::ok;
   out.host = page.host + (gva & ~page_mask);
+  if (access == Access::write && cpu.code_watch.written) cpu.code_watch.written(cpu.code_watch.engine, page.host);
   if (cpu.debug_watch & watch_data && access != Access::fetch && page_is_watched(cpu, gva)) [[unlikely]]
     return Result::ok;
 
@@ -134,6 +135,7 @@ u64 Mmu::new_generation() {
 }
 
 void Mmu::enter_context(u16 pcid, u32 pkru, bool flush) {
+  ++flush_count_;
   if (flush) flush_context(pcid);
   current_key_ = key_of(pcid, pkru);
   for (const Context& context : contexts_) {
@@ -147,6 +149,7 @@ void Mmu::enter_context(u16 pcid, u32 pkru, bool flush) {
 }
 
 void Mmu::flush_context(u16 pcid) {
+  ++flush_count_;
   for (Context& context : contexts_)
     if (u16(context.key) == pcid) context = {};
   if (u16(current_key_) == pcid) generation_ = new_generation();
@@ -155,6 +158,7 @@ void Mmu::flush_context(u16 pcid) {
 // The current address space goes on under a number that is in no context: whoever sets CR3 without MOV CR3 flushes, and
 // must not leave entries under the name of the address space before.
 void Mmu::flush_non_global() {
+  ++flush_count_;
   for (Context& context : contexts_) context = {};
   generation_ = new_generation();
 }
@@ -167,6 +171,7 @@ void Mmu::flush_all() {
 }
 
 void Mmu::flush_page(Cpu& cpu, Gva gva) {
+  ++flush_count_;
   if (!cpu.state.long_mode()) gva = u32(gva);
   // A large page may have been entered as many small ones.
   if (has_bit(large_2m_, region_bit<21>(gva)) || has_bit(large_1g_, region_bit<30>(gva)) ||

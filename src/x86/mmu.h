@@ -65,9 +65,13 @@ class Mmu {
   void flush_context(u16 pcid);
   void flush_page(Cpu& cpu, Gva gva);  ///< in every address space, global or not
 
+  /// Changes with every flush and switch: what was derived from the TLB before is to be derived again.
+  u64 flush_count() const { return flush_count_; }
+
   u64 walks = 0;  ///< page walks since the CPU was made
 
  private:
+  u64 flush_count_ = 0;
   using Table = TlbEntry[entries];
   using GlobalTable = u16[entries];
   /// An address space whose entries are kept while another one is current.

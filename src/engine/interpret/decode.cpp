@@ -94,6 +94,8 @@ void fill_operands(const Decoded& d, Instruction& out) {
   }
 }
 
+}  // namespace
+
 Unit unit_of(const Decoded& d) {
   if (d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX) return Unit::avx512;
   bool vector = false, mmx = false, mask = false;
@@ -115,8 +117,6 @@ Unit unit_of(const Decoded& d) {
   if (d.instruction.meta.isa_ext == ZYDIS_ISA_EXT_X87) return Unit::x87;
   return Unit::integer;
 }
-
-}  // namespace
 
 DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Instruction& out, std::span<u8> code) {
   Decoded d;

@@ -46,6 +46,12 @@ x86::Result check_unit(Context&, const Instruction&);
 /// Where the vendors differ, the guest sees the host's behaviour.
 bool host_is_amd();
 
+/// Whether the host CPU may execute it for the guest: it only computes, and the host has it.
+bool runs_natively(const Decoded&);
+/// What the memory operand's address must be a multiple of, or 0.
+u8 required_alignment(const Decoded&, Unit unit, unsigned memory_bytes);
+Unit unit_of(const Decoded&);
+
 /// Emits native code for the instruction and points out.native at it.
 bool make_native(const Decoded&, Instruction& out, std::span<u8> code);
 

@@ -243,11 +243,11 @@ bool host_is_amd() {
   return amd;
 }
 
-namespace {
+bool runs_natively(const Decoded& d) { return computes(d) && host_has(d); }
 
 /// Legacy SSE operands of 16 bytes must be aligned unless the instruction says otherwise; VEX and EVEX ones need not
 /// unless it says so.
-u8 required_alignment(const Decoded& d, const Instruction& i) {
+u8 required_alignment(const Decoded& d, Unit unit, unsigned memory_bytes) {
   switch (d.mnemonic()) {
     case ZYDIS_MNEMONIC_CMPXCHG16B: return 16;
     case ZYDIS_MNEMONIC_VMOVAPS:
@@ -258,7 +258,7 @@ u8 required_alignment(const Decoded& d, const Instruction& i) {
     case ZYDIS_MNEMONIC_VMOVNTPS:
     case ZYDIS_MNEMONIC_VMOVNTPD:
     case ZYDIS_MNEMONIC_VMOVNTDQ:
-    case ZYDIS_MNEMONIC_VMOVNTDQA: return i.memory_bytes;
+    case ZYDIS_MNEMONIC_VMOVNTDQA: return u8(memory_bytes);
     case ZYDIS_MNEMONIC_MOVUPS:
     case ZYDIS_MNEMONIC_MOVUPD:
     case ZYDIS_MNEMONIC_MOVDQU:
@@ -274,9 +274,11 @@ u8 required_alignment(const Decoded& d, const Instruction& i) {
     case ZYDIS_MNEMONIC_SHA256MSG1:
     case ZYDIS_MNEMONIC_SHA256MSG2:
     case ZYDIS_MNEMONIC_SHA256RNDS2: return host_is_amd() ? 0 : 16;  // AMD's do not check
-    default: return (i.unit == Unit::sse || i.unit == Unit::mmx) && i.memory_bytes == 16 ? 16 : 0;
+    default: return (unit == Unit::sse || unit == Unit::mmx) && memory_bytes == 16 ? 16 : 0;
   }
 }
+
+namespace {
 
 /// x87 control instructions neither wait for pending exceptions nor count as the last instruction.
 bool is_x87_control(ZydisMnemonic mnemonic, bool& waits) {
@@ -334,8 +336,8 @@ bool make_native(const Decoded& d, Instruction& out, std::span<u8> code) {
 }
 
 Handler select_native(const Decoded& d, Instruction& out, std::span<u8> code) {
-  if (!computes(d) || !host_has(d) || !make_native(d, out, code)) return nullptr;
-  if (out.has_memory) out.alignment = required_alignment(d, out);
+  if (!runs_natively(d) || !make_native(d, out, code)) return nullptr;
+  if (out.has_memory) out.alignment = required_alignment(d, out.unit, out.memory_bytes);
   if (out.unit == Unit::integer) return out.has_memory ? integer_memory : integer_register;
   if (out.unit == Unit::mmx) out.waits_for_x87 = true;
   if (out.unit == Unit::x87) {

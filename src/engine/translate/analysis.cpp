@@ -1,0 +1,210 @@
+#include "engine/translate/analysis.h"
+
+#include "engine/translate/rewrite.h"
+
+namespace anykvm::engine::translate {
+
+namespace {
+
+/// Instructions of the native categories that nevertheless have a handler of their own: they touch state beyond the
+/// registers or choose what memory they touch.
+bool has_own_handler(ZydisMnemonic mnemonic) {
+  switch (mnemonic) {
+    case ZYDIS_MNEMONIC_CLD:
+    case ZYDIS_MNEMONIC_STD:
+    case ZYDIS_MNEMONIC_CLI:
+    case ZYDIS_MNEMONIC_STI:
+    case ZYDIS_MNEMONIC_DIV:
+    case ZYDIS_MNEMONIC_IDIV:
+    case ZYDIS_MNEMONIC_XLAT:
+    case ZYDIS_MNEMONIC_LDMXCSR:
+    case ZYDIS_MNEMONIC_STMXCSR:
+    case ZYDIS_MNEMONIC_VLDMXCSR:
+    case ZYDIS_MNEMONIC_VSTMXCSR:
+    case ZYDIS_MNEMONIC_MASKMOVDQU:
+    case ZYDIS_MNEMONIC_VMASKMOVDQU:
+    case ZYDIS_MNEMONIC_VMASKMOVPS:
+    case ZYDIS_MNEMONIC_VMASKMOVPD:
+    case ZYDIS_MNEMONIC_VPMASKMOVD:
+    case ZYDIS_MNEMONIC_VPMASKMOVQ: return true;
+    default: return false;
+  }
+}
+
+/// Handled by the reference engine without leaving the block: they change nothing that a block depends on.
+bool may_continue(const Decoded& d) {
+  switch (d.instruction.meta.category) {
+    case ZYDIS_CATEGORY_STRINGOP:
+    case ZYDIS_CATEGORY_X87_ALU:
+    case ZYDIS_CATEGORY_FCMOV:
+    case ZYDIS_CATEGORY_MMX:
+    case ZYDIS_CATEGORY_BITBYTE:
+    case ZYDIS_CATEGORY_BINARY:
+    case ZYDIS_CATEGORY_XSAVE:
+    case ZYDIS_CATEGORY_XSAVEOPT: return true;
+    default: break;
+  }
+  switch (d.mnemonic()) {
+    case ZYDIS_MNEMONIC_CLD:
+    case ZYDIS_MNEMONIC_STD:
+    case ZYDIS_MNEMONIC_CLI:
+    case ZYDIS_MNEMONIC_PUSHFQ:
+    case ZYDIS_MNEMONIC_RDTSC:
+    case ZYDIS_MNEMONIC_RDTSCP:
+    case ZYDIS_MNEMONIC_CPUID:
+    case ZYDIS_MNEMONIC_RDMSR:
+    case ZYDIS_MNEMONIC_VERW:
+    case ZYDIS_MNEMONIC_SWAPGS:
+    case ZYDIS_MNEMONIC_RDGSBASE:
+    case ZYDIS_MNEMONIC_RDFSBASE:
+    case ZYDIS_MNEMONIC_WRGSBASE:
+    case ZYDIS_MNEMONIC_WRFSBASE:
+    case ZYDIS_MNEMONIC_RDPID:
+    case ZYDIS_MNEMONIC_LDMXCSR:
+    case ZYDIS_MNEMONIC_STMXCSR: return true;
+    default: return false;
+  }
+}
+
+/// Operands that the renaming can express: general and vector registers, at most one ordinary memory operand.
+bool operands_fit(const Decoded& d, bool& vector) {
+  unsigned memory = 0, spilled = 0;
+  u32 seen = 0;
+  bool high_byte = false;
+  for (unsigned n = 0; n < d.instruction.operand_count; ++n) {
+    const ZydisDecodedOperand& operand = d.operands[n];
+    switch (operand.type) {
+      case ZYDIS_OPERAND_TYPE_REGISTER: {
+        if (const int number = general_register(operand); number >= 0) {
+          if (number >= 13 && !(seen >> number & 1)) ++spilled;
+          seen |= 1u << number;
+          high_byte |= is_high_byte(operand);
+          break;
+        }
+        switch (ZydisRegisterGetClass(operand.reg.value)) {
+          case ZYDIS_REGCLASS_XMM:
+          case ZYDIS_REGCLASS_YMM:
+            if (ZydisRegisterGetId(operand.reg.value) > 15) return false;
+            vector = true;
+            break;
+          case ZYDIS_REGCLASS_FLAGS: break;
+          default: return false;
+        }
+        break;
+      }
+      case ZYDIS_OPERAND_TYPE_MEMORY:
+        if (operand.mem.type != ZYDIS_MEMOP_TYPE_MEM || operand.encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM)
+          return false;
+        if (operand.size > 256 || operand.size == 0) return false;
+        ++memory;
+        break;
+      case ZYDIS_OPERAND_TYPE_IMMEDIATE: break;
+      default: return false;
+    }
+  }
+  if (high_byte && (memory || spilled || seen >> x86::rsp & 1)) return false;  // AH-DH exclude REX
+  if (memory > 1 || d.instruction.address_width != 64) return false;
+  return spilled <= (memory ? 1u : 2u);
+}
+
+Kind kind_of(const Decoded& d, bool& vector) {
+  const ZydisDecodedInstruction& i = d.instruction;
+  const bool far = i.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR;
+  const bool wide = i.operand_width == 64;
+  // Of an indirect operand, only what the address check can compute.
+  const auto plain = [&](unsigned n) {
+    return !d.is_memory(n) || (d.operands[n].mem.type == ZYDIS_MEMOP_TYPE_MEM && i.address_width == 64);
+  };
+  switch (d.mnemonic()) {
+    case ZYDIS_MNEMONIC_JMP:
+      if (far) return Kind::step_and_end;
+      if (d.is_immediate(0)) return Kind::jump;
+      return plain(0) && wide ? Kind::jump_indirect : Kind::step_and_end;
+    case ZYDIS_MNEMONIC_CALL:
+      if (far) return Kind::step_and_end;
+      if (d.is_immediate(0)) return Kind::call;
+      return plain(0) && wide ? Kind::call_indirect : Kind::step_and_end;
+    case ZYDIS_MNEMONIC_RET: return far ? Kind::step_and_end : Kind::ret;
+    case ZYDIS_MNEMONIC_PUSH:
+      if (!wide) return Kind::step;
+      if (d.is_memory(0)) return Kind::step;
+      return d.is_immediate(0) || general_register(d.operands[0]) >= 0 ? Kind::push : Kind::step;
+    case ZYDIS_MNEMONIC_POP:
+      if (!wide || d.is_memory(0)) return Kind::step;
+      if (general_register(d.operands[0]) < 0) return Kind::step_and_end;
+      return general_register(d.operands[0]) == x86::rsp ? Kind::step : Kind::pop;
+    case ZYDIS_MNEMONIC_LEAVE: return wide ? Kind::leave : Kind::step;
+    case ZYDIS_MNEMONIC_LEA: return i.address_width == 64 ? Kind::lea : Kind::step;
+    case ZYDIS_MNEMONIC_ENDBR64:
+    case ZYDIS_MNEMONIC_ENDBR32: return Kind::nothing;
+    case ZYDIS_MNEMONIC_PAUSE: return i.raw.rex.B ? Kind::step : Kind::nothing;
+    case ZYDIS_MNEMONIC_BT:
+    case ZYDIS_MNEMONIC_BTS:
+    case ZYDIS_MNEMONIC_BTR:
+    case ZYDIS_MNEMONIC_BTC:
+      if (d.is_memory(0) && d.is_register(1)) return Kind::step;
+      break;
+    default: break;
+  }
+  switch (i.meta.category) {
+    case ZYDIS_CATEGORY_COND_BR: {
+      const bool is_short = i.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i.opcode & 0xf0) == 0x70;
+      const bool is_long = i.opcode_map == ZYDIS_OPCODE_MAP_0F && (i.opcode & 0xf0) == 0x80;
+      return is_short || is_long ? Kind::jump_if : Kind::step_and_end;
+    }
+    case ZYDIS_CATEGORY_NOP:
+    case ZYDIS_CATEGORY_PREFETCH:
+      return i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ? Kind::nothing : Kind::step_and_end;
+    default: break;
+  }
+  const bool encodable =
+      i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY || i.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX;
+  const bool fpu = i.meta.isa_ext == ZYDIS_ISA_EXT_X87 || i.meta.isa_ext == ZYDIS_ISA_EXT_MMX;
+  if (encodable && !fpu && runs_natively(d) && !has_own_handler(d.mnemonic()) && operands_fit(d, vector)) {
+    if (d.mnemonic() == ZYDIS_MNEMONIC_VZEROUPPER || d.mnemonic() == ZYDIS_MNEMONIC_VZEROALL) vector = true;
+    return Kind::native;
+  }
+  vector = false;
+  return may_continue(d) || runs_natively(d) ? Kind::step : Kind::step_and_end;
+}
+
+}  // namespace
+
+Analysis analyse(const Decoded& d) {
+  Analysis result;
+  result.kind = kind_of(d, result.vector);
+  switch (result.kind) {
+    case Kind::step:
+    case Kind::want_vectors:
+    case Kind::step_and_end: return result;  // the flags go into the state: all are read
+    case Kind::nothing:
+    case Kind::lea:
+    case Kind::push:
+    case Kind::pop:
+    case Kind::leave:
+    case Kind::jump:
+    case Kind::call:
+    case Kind::jump_indirect:
+    case Kind::call_indirect:
+    case Kind::ret: result.flags_read = 0; return result;
+    default: break;
+  }
+  const ZydisAccessedFlags* flags = d.instruction.cpu_flags;
+  if (!flags) {
+    result.flags_read = 0;
+    return result;
+  }
+  result.flags_read = flags->tested & all_flags;
+  bool conditional = false;
+  for (unsigned n = 0; n < d.instruction.operand_count; ++n)
+    if (d.is_register(n) && d.register_class(n) == ZYDIS_REGCLASS_FLAGS &&
+        d.operands[n].actions & ZYDIS_OPERAND_ACTION_CONDWRITE)
+      conditional = true;
+  const u32 written = (flags->modified | flags->set_0 | flags->set_1) & all_flags;
+  // What is called undefined may in truth be kept: the old value counts as read.
+  result.flags_read |= flags->undefined & all_flags;
+  if (!conditional) result.flags_killed = written;
+  return result;
+}
+
+}  // namespace anykvm::engine::translate

@@ -1,0 +1,189 @@
+// Appends x86-64 machine code to a buffer: the few instructions that the translator adds around the guest's own.
+#pragma once
+
+#include <cstring>
+
+#include "x86/types.h"
+
+namespace anykvm::engine::translate {
+
+/// Host registers by number; the guest's keep their own where they can (see registers.h).
+using Register = u8;
+
+class Assembler {
+ public:
+  Assembler(u8* at, u8* end) : at_(at), end_(end) {}
+
+  u8* here() const { return at_; }
+  bool overflowed() const { return overflowed_; }
+
+  void byte(unsigned value) {
+    if (at_ == end_) {
+      overflowed_ = true;
+      return;
+    }
+    *at_++ = u8(value);
+  }
+  template <class... T>
+  void bytes(T... values) {
+    (byte(unsigned(values)), ...);
+  }
+  void dword(u32 value) {
+    for (unsigned shift = 0; shift < 32; shift += 8) byte(value >> shift & 0xff);
+  }
+  void qword(u64 value) {
+    dword(u32(value));
+    dword(u32(value >> 32));
+  }
+
+  // --- register to register
+  // -------------------------------------------------------------------------------------------
+  void move(Register to, Register from) { bytes(rex(1, from, 0, to), 0x89, 0xc0 | (from & 7) << 3 | (to & 7)); }
+  void move32(Register to, Register from) { bytes(rex(0, from, 0, to), 0x89, 0xc0 | (from & 7) << 3 | (to & 7)); }
+  void move_immediate32(Register to, u32 value) {
+    bytes(rex(0, 0, 0, to), 0xb8 | (to & 7));
+    dword(value);
+  }
+  void move_signed32(Register to, s32 value) {
+    bytes(rex(1, 0, 0, to), 0xc7, 0xc0 | (to & 7));
+    dword(u32(value));
+  }
+  void move_immediate64(Register to, u64 value) {
+    bytes(rex(1, 0, 0, to), 0xb8 | (to & 7));
+    qword(value);
+  }
+  void shift_right(Register reg, u8 count) { bytes(rex(1, 0, 0, reg), 0xc1, 0xe8 | (reg & 7), count); }
+  void and_immediate32(Register reg, u32 value) {
+    bytes(rex(0, 0, 0, reg), 0x81, 0xe0 | (reg & 7));
+    dword(value);
+  }
+  void compare_immediate(Register reg, s32 value) {
+    bytes(rex(1, 0, 0, reg), 0x81, 0xf8 | (reg & 7));
+    dword(u32(value));
+  }
+  void test_byte_immediate(Register reg, u8 value) { bytes(rex(0, 0, 0, reg), 0xf6, 0xc0 | (reg & 7), value); }
+
+  /// lea to, [base + index * 2^shift + displacement]; flags stay. index < 0: none. base < 0: none.
+  void lea(Register to, int base, int index, unsigned shift, s32 displacement, bool wide = true) {
+    const unsigned b = base < 0 ? 5 : unsigned(base);
+    byte(rex(wide, to, index < 0 ? 0 : unsigned(index), base < 0 ? 0 : b));
+    byte(0x8d);
+    if (index < 0 && base >= 0 && (b & 7) != 4) {
+      byte(0x80 | (to & 7) << 3 | (b & 7));
+    } else {
+      byte((base < 0 ? 0x00 : 0x80) | (to & 7) << 3 | 4);
+      byte(shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | (b & 7));
+    }
+    dword(u32(displacement));
+  }
+
+  // --- the context, through the GS base
+  // -------------------------------------------------------------------------------
+  /// op reg, gs:[offset + index * 2^shift]
+  void context_op(std::initializer_list<u8> opcode, Register reg, u32 offset, int index = -1, unsigned shift = 0,
+                  bool wide = true) {
+    byte(0x65);
+    byte(rex(wide, reg, index < 0 ? 0 : unsigned(index), 0));
+    for (u8 b : opcode) byte(b);
+    byte((reg & 7) << 3 | 4);
+    byte(shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | 5);
+    dword(offset);
+  }
+  void load(Register to, u32 offset, int index = -1, unsigned shift = 0) {
+    context_op({0x8b}, to, offset, index, shift);
+  }
+  void store(u32 offset, Register from, int index = -1, unsigned shift = 0) {
+    context_op({0x89}, from, offset, index, shift);
+  }
+  void add(Register to, u32 offset, int index = -1) { context_op({0x03}, to, offset, index); }
+  void jump_context(u32 offset, int index, unsigned shift) {
+    byte(0x65);
+    if (index >= 8) byte(0x42);
+    bytes(0xff, 0x24, shift << 6 | (unsigned(index) & 7) << 3 | 5);
+    dword(offset);
+  }
+  /// pext to, from, gs:[offset]: gathers the masked bits; flags stay.
+  void extract_bits(Register to, Register from, u32 offset) {
+    byte(0x65);
+    bytes(0xc4, (~to >> 3 & 1) << 7 | 0x60 | 0x02, 0x80 | (~from & 15) << 3 | 0x02, 0xf5, (to & 7) << 3 | 4, 0x25);
+    dword(offset);
+  }
+
+  // --- memory through a register
+  // --------------------------------------------------------------------------------------
+  void load_from(Register to, Register base, s32 displacement, bool wide = true) {
+    byte(rex(wide, to, 0, base));
+    byte(0x8b);
+    address(to, base, displacement);
+  }
+  void store_to(Register base, s32 displacement, Register from) {
+    byte(rex(1, from, 0, base));
+    byte(0x89);
+    address(from, base, displacement);
+  }
+  void address(unsigned reg, Register base, s32 displacement) {
+    byte(0x80 | (reg & 7) << 3 | (base & 7));
+    if ((base & 7) == 4) byte(0x24);
+    dword(u32(displacement));
+  }
+
+  // --- branches
+  // -------------------------------------------------------------------------------------------------------
+  void jump(const u8* target) {
+    byte(0xe9);
+    relative(target);
+  }
+  void call(const u8* target) {
+    byte(0xe8);
+    relative(target);
+  }
+  /// A jump to be aimed later: returns the place of its 32-bit displacement.
+  u8* jump_later() {
+    byte(0xe9);
+    return hole();
+  }
+  u8* jump_if_later(unsigned condition) {
+    bytes(0x0f, 0x80 | condition);
+    return hole();
+  }
+  u8* jump_if_rcx_zero_later() {
+    bytes(0xe3, 0);
+    return at_ - 1;
+  }
+  void aim_short(u8* at) {
+    if (!overflowed_) *at = u8(at_ - (at + 1));
+  }
+  void aim(u8* at, const u8* target) {
+    if (overflowed_) return;
+    const s32 distance = s32(target - (at + 4));
+    std::memcpy(at, &distance, 4);
+  }
+  void aim(u8* at) { aim(at, at_); }
+
+  void push(Register reg) {
+    if (reg >= 8) byte(0x41);
+    byte(0x50 | (reg & 7));
+  }
+  void pop(Register reg) {
+    if (reg >= 8) byte(0x41);
+    byte(0x58 | (reg & 7));
+  }
+  void ret() { byte(0xc3); }
+
+ private:
+  static unsigned rex(unsigned w, unsigned reg, unsigned index, unsigned base) {
+    return 0x40 | (w ? 8u : 0u) | (reg >> 3 & 1) << 2 | (index >> 3 & 1) << 1 | (base >> 3 & 1);
+  }
+  void relative(const u8* target) { dword(u32(s32(target - (at_ + 4)))); }
+  u8* hole() {
+    u8* at = at_;
+    dword(0);
+    return at;
+  }
+
+  u8* at_;
+  u8* end_;
+  bool overflowed_ = false;
+};
+
+}  // namespace anykvm::engine::translate

@@ -1,0 +1,558 @@
+#include "engine/translate/block.h"
+
+#include <bit>
+
+#include "engine/interpret/operands.h"
+#include "engine/translate/analysis.h"
+#include "engine/translate/rewrite.h"
+
+namespace anykvm::engine::translate {
+
+namespace {
+
+constexpr unsigned most_instructions = 48;
+
+struct Guest {
+  Decoded d;
+  Analysis what;
+  u16 offset, next;  ///< in the page
+  bool flags_live;   ///< some flag must survive what is added before this instruction
+};
+
+const ZydisDecoder& decoder() {
+  static const ZydisDecoder long64 = [] {
+    ZydisDecoder d;
+    ZydisDecoderInit(&d, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
+    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_KNC, ZYAN_FALSE);
+    return d;
+  }();
+  return long64;
+}
+
+bool decode_at(const u8* page, unsigned offset, Decoded& d) {
+  if (offset >= page_size) return false;
+  const unsigned available = unsigned(page_size - offset < 15 ? page_size - offset : 15);
+  return ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder(), page + offset, available, &d.instruction, d.operands));
+}
+
+bool ends_block(Kind kind) { return kind == Kind::step_and_end || kind == Kind::want_vectors || kind >= Kind::jump; }
+
+/// Whether all flags are overwritten from here on before any is read, as far as a few instructions show.
+bool flags_dead_at(const u8* page, s64 offset) {
+  u32 live = all_flags;
+  for (unsigned n = 0; n < 4 && offset >= 0; ++n) {
+    Decoded d;
+    if (!decode_at(page, unsigned(offset), d)) return false;
+    const Analysis what = analyse(d);
+    if (what.flags_read & live) return false;
+    live &= ~what.flags_killed;
+    if (!live) return true;
+    if (ends_block(what.kind)) return false;
+    offset += d.instruction.length;
+  }
+  return false;
+}
+
+/// Emits one block. The cold parts, which leave or refill the TLB, follow the hot ones.
+class Translation {
+ public:
+  Translation(const BlockRequest& request, u8* at, u8* end) : request_(request), a_(at, end) {}
+  u8* run();
+
+ private:
+  /// How a guest address is computed: again in the cold part.
+  struct Address {
+    int base = -1, index = -1;  ///< guest registers
+    unsigned shift = 0;
+    s32 displacement = 0;
+    bool rip_relative = false;
+    int segment = -1;  ///< FS or GS
+  };
+  struct Cold {
+    enum class Kind : u8 { refill, step, link, back_edge } kind;
+    bool restores_rcx;
+    u8* site;  ///< the jump that comes here
+    const u8* retry;
+    Address address;
+    u32 fill;
+    unsigned guest;  ///< instruction
+    s32 target;      ///< link, back_edge: offset of the target in the page
+    bool flags_live;
+  };
+
+  void collect();
+  void emit(unsigned n);
+  void emit_native(const Guest& g, unsigned n);
+  void emit_lea(const Guest& g);
+  void emit_cold(const Cold& cold);
+
+  Address address_of(const Guest& g, const ZydisDecodedOperand& operand) const;
+  void compute(const Address& address);
+  /// Leaves the host address of [address, size) in the address scratch register.
+  void check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live, unsigned alignment = 0);
+  void step(const Guest& g, bool leave);
+  void link(s32 target, bool flags_live, unsigned n);
+  void to_page_offset(Register to, s32 offset) {
+    a_.load(to, offsetof(Context, page_base));
+    a_.lea(to, to, -1, 0, offset);
+  }
+  /// Continues at the guest address in the address scratch register, wherever that is.
+  void indirect();
+  void push_return_address(const Guest& g, unsigned n);
+  u32 tlb(unsigned field) const {
+    return offsetof(Context, tlb) + unsigned(request_.mode.privilege) * sizeof(TlbEntry) * tlb_entries + field;
+  }
+  void add_cold(const Cold& cold) {
+    if (cold_count_ < std::size(cold_))
+      cold_[cold_count_++] = cold;
+    else
+      out_of_room_ = true;
+  }
+  const u8* leave() const { return request_.stubs->leave[request_.mode.vectors]; }
+
+  const BlockRequest& request_;
+  Assembler a_;
+  Guest guests_[most_instructions];
+  unsigned count_ = 0;
+  const u8* after_[most_instructions] = {};  ///< where the code of the next instruction begins
+  Cold cold_[most_instructions * 4];
+  unsigned cold_count_ = 0;
+  bool out_of_room_ = false;
+  bool falls_through_ = false;
+  bool exit_flags_live_ = true;
+};
+
+s32 branch_target(const Guest& g) { return s32(g.next) + s32(g.d.operands[0].imm.value.s); }
+bool in_page(s32 offset) { return offset >= 0 && offset < s32(page_size); }
+
+void Translation::collect() {
+  unsigned offset = request_.offset;
+  falls_through_ = true;
+  while (count_ < most_instructions) {
+    Guest& g = guests_[count_];
+    g.offset = u16(offset);
+    if (!decode_at(request_.page, offset, g.d)) {
+      // Undefined, or it continues on the next page: the reference engine knows.
+      if (count_ == 0) {
+        g.what = {};
+        g.next = u16(offset);
+        ++count_;
+        falls_through_ = false;
+      }
+      break;
+    }
+    g.what = analyse(g.d);
+    if (g.what.vector && !request_.vectors_allowed) g.what = {.kind = Kind::step_and_end};
+    if (g.what.vector && !request_.mode.vectors) g.what = {.kind = Kind::want_vectors};
+    offset += g.d.instruction.length;
+    g.next = u16(offset);
+    ++count_;
+    if (ends_block(g.what.kind)) {
+      falls_through_ = false;
+      break;
+    }
+    if (offset >= page_size) break;
+  }
+
+  // Flags that are live behind the block: those that its successors may read.
+  const Guest& last = guests_[count_ - 1];
+  u32 live = all_flags;
+  const auto dead = [&](s32 target) { return in_page(target) && flags_dead_at(request_.page, target); };
+  if (falls_through_ && dead(last.next)) live = 0;
+  if (last.what.kind == Kind::jump && dead(branch_target(last))) live = 0;
+  if (last.what.kind == Kind::jump_if && dead(branch_target(last)) && dead(last.next)) live = 0;
+  exit_flags_live_ = live != 0;
+  for (unsigned n = count_; n-- > 0;) {
+    Guest& g = guests_[n];
+    live = (live & ~g.what.flags_killed) | g.what.flags_read;
+    g.flags_live = live != 0;
+  }
+}
+
+Translation::Address Translation::address_of(const Guest& g, const ZydisDecodedOperand& operand) const {
+  Address address;
+  address.displacement = s32(operand.mem.disp.value);
+  if (operand.mem.base == ZYDIS_REGISTER_RIP) {
+    address.rip_relative = true;
+    address.displacement += g.next;
+  } else if (operand.mem.base != ZYDIS_REGISTER_NONE) {
+    address.base = ZydisRegisterGetId(operand.mem.base);
+  }
+  if (operand.mem.index != ZYDIS_REGISTER_NONE) {
+    address.index = ZydisRegisterGetId(operand.mem.index);
+    address.shift = unsigned(std::countr_zero(unsigned(operand.mem.scale)));
+  }
+  if (operand.mem.segment == ZYDIS_REGISTER_FS) address.segment = x86::fs;
+  if (operand.mem.segment == ZYDIS_REGISTER_GS) address.segment = x86::gs;
+  return address;
+}
+
+/// The guest's linear address to the address scratch register. Flags and everything but the scratch registers stay.
+void Translation::compute(const Address& address) {
+  int base = address.base, index = address.index;
+  if (address.rip_relative) {
+    a_.load(address_scratch, offsetof(Context, page_base));
+    base = address_scratch;
+  } else if (base >= 0 && in_context(unsigned(base))) {
+    a_.load(address_scratch, spill_slot(unsigned(base)));
+    base = address_scratch;
+  } else if (base >= 0) {
+    base = home(unsigned(base));
+  }
+  if (index >= 0 && in_context(unsigned(index))) {
+    a_.load(index_scratch, spill_slot(unsigned(index)));
+    index = index_scratch;
+  } else if (index >= 0) {
+    index = home(unsigned(index));
+  }
+  a_.lea(address_scratch, base, index, address.shift, address.displacement);
+  if (address.segment >= 0) {
+    a_.load(index_scratch, address.segment == x86::fs ? offsetof(Context, fs_base) : offsetof(Context, gs_base));
+    a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
+  }
+}
+
+void Translation::check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live,
+                        unsigned alignment) {
+  constexpr Register rcx = x86::rcx;
+  const u32 tag = tlb(write ? offsetof(TlbEntry, minus_write) : offsetof(TlbEntry, minus_read));
+  const u32 host = tlb(offsetof(TlbEntry, host));
+  Cold cold{};
+  cold.kind = Cold::Kind::refill;
+  cold.retry = a_.here();
+  cold.address = address;
+  cold.fill = FillRequest::encode(size, write, request_.mode.privilege);
+  cold.guest = n;
+  compute(address);
+  if (!flags_live) {
+    static_assert(sizeof(TlbEntry) == 32);
+    a_.move(index_scratch, address_scratch);
+    a_.shift_right(index_scratch, 12 - 5);
+    a_.and_immediate32(index_scratch, (tlb_entries - 1) << 5);
+    a_.add(address_scratch, tag, index_scratch);
+    a_.compare_immediate(address_scratch, s32(page_size - size));
+    cold.site = a_.jump_if_later(7);  // ja
+    a_.add(address_scratch, host, index_scratch);
+  } else {
+    a_.extract_bits(index_scratch, address_scratch, offsetof(Context, tlb_index_bits));
+    a_.lea(index_scratch, -1, index_scratch, 2, 0);
+    a_.store(offsetof(Context, temporary), rcx);
+    a_.load(rcx, tag, index_scratch, 3);
+    a_.lea(address_scratch, address_scratch, rcx, 0, 0);
+    a_.lea(rcx, address_scratch, -1, 0, s32(size - 1));
+    a_.extract_bits(rcx, rcx, offsetof(Context, page_number_bits));
+    u8* hit = a_.jump_if_rcx_zero_later();
+    cold.site = a_.jump_later();
+    cold.restores_rcx = true;
+    a_.aim_short(hit);
+    a_.load(rcx, host, index_scratch, 3);
+    a_.lea(address_scratch, address_scratch, rcx, 0, 0);
+    a_.load(rcx, offsetof(Context, temporary));
+  }
+  add_cold(cold);
+  if (!alignment) return;
+  Cold misaligned{};
+  misaligned.kind = Cold::Kind::step;
+  misaligned.guest = n;
+  if (!flags_live) {
+    a_.test_byte_immediate(address_scratch, u8(alignment - 1));
+    misaligned.site = a_.jump_if_later(5);  // jnz
+  } else {
+    a_.store(offsetof(Context, temporary), rcx);
+    a_.extract_bits(rcx, address_scratch,
+                    offsetof(Context, low_bits) + (alignment == 16   ? 0
+                                                   : alignment == 32 ? 8
+                                                                     : 16));
+    u8* aligned = a_.jump_if_rcx_zero_later();
+    misaligned.site = a_.jump_later();
+    misaligned.restores_rcx = true;
+    a_.aim_short(aligned);
+    a_.load(rcx, offsetof(Context, temporary));
+  }
+  add_cold(misaligned);
+}
+
+void Translation::step(const Guest& g, bool leave) {
+  a_.move_immediate32(address_scratch, g.offset | u32(g.next) << 16 | (leave ? step_and_leave : 0));
+  a_.call(request_.stubs->step[request_.mode.vectors]);
+}
+
+void Translation::emit_lea(const Guest& g) {
+  const int to = general_register(g.d.operands[0]);
+  const unsigned bytes = g.d.operands[0].size / 8;
+  Address address = address_of(g, g.d.operands[1]);
+  address.segment = -1;
+  const bool direct = bytes >= 4 && !in_context(unsigned(to)) && !address.rip_relative &&
+                      !(address.base >= 0 && in_context(unsigned(address.base))) &&
+                      !(address.index >= 0 && in_context(unsigned(address.index)));
+  if (direct) {
+    a_.lea(home(unsigned(to)), address.base < 0 ? -1 : home(unsigned(address.base)),
+           address.index < 0 ? -1 : home(unsigned(address.index)), address.shift, address.displacement, bytes == 8);
+    return;
+  }
+  compute(address);
+  if (bytes == 4) a_.move32(address_scratch, address_scratch);
+  if (in_context(unsigned(to))) {
+    if (bytes == 2) {
+      a_.byte(0x65);
+      a_.bytes(0x66, 0x44, 0x89, (address_scratch & 7) << 3 | 4, 0x25);
+      a_.dword(spill_slot(unsigned(to)));
+    } else {
+      a_.store(spill_slot(unsigned(to)), address_scratch);
+    }
+  } else if (bytes == 2) {
+    const Register reg = home(unsigned(to));
+    a_.bytes(0x66, 0x44 | reg >> 3, 0x89, 0xc0 | (address_scratch & 7) << 3 | (reg & 7));
+  } else {
+    a_.move(home(unsigned(to)), address_scratch);
+  }
+}
+
+void Translation::emit_native(const Guest& g, unsigned n) {
+  const std::span<const ZydisDecodedOperand> operands{g.d.operands, g.d.instruction.operand_count};
+  Renaming renaming;
+  for (unsigned guest = 0; guest < 16; ++guest) renaming.registers[guest] = home(guest);
+  const ZydisDecodedOperand* memory = nullptr;
+  u32 spilled = 0, written = 0;
+  for (const ZydisDecodedOperand& operand : operands) {
+    if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY) memory = &operand;
+    const int number = general_register(operand);
+    if (number < 13) continue;
+    spilled |= 1u << number;
+    if (operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) written |= 1u << number;
+  }
+  if (memory) {
+    const bool write = memory->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
+    check(address_of(g, *memory), memory->size / 8, write, n, g.flags_live,
+          required_alignment(g.d, unit_of(g.d), memory->size / 8));
+    renaming.memory_register = address_scratch;
+  }
+  // The spilled registers that it names borrow the scratch registers.
+  Register borrowed = index_scratch;
+  for (unsigned guest = 13; guest < 16; ++guest) {
+    if (!(spilled >> guest & 1)) continue;
+    renaming.registers[guest] = borrowed;
+    a_.load(borrowed, spill_slot(guest));
+    borrowed = address_scratch;
+  }
+  if (!rewrite(a_, g.d.instruction, operands, request_.page + g.offset, renaming)) out_of_room_ = true;
+  for (unsigned guest = 13; guest < 16; ++guest)
+    if (written >> guest & 1) a_.store(spill_slot(guest), renaming.registers[guest]);
+}
+
+void Translation::link(s32 target, bool flags_live, unsigned n) {
+  if (!in_page(target)) {
+    to_page_offset(address_scratch, target);
+    indirect();
+    return;
+  }
+  if (target <= s32(guests_[n].offset)) {  // a loop: look for attention
+    Cold cold{};
+    cold.kind = Cold::Kind::back_edge;
+    cold.target = target;
+    cold.guest = n;
+    if (!flags_live) {
+      a_.load(address_scratch, offsetof(Context, attention));
+      a_.bytes(0x41, 0x83, 0x3e, 0);  // cmp dword [r14], 0
+      cold.site = a_.jump_if_later(5);
+      add_cold(cold);
+    } else {
+      a_.store(offsetof(Context, temporary), x86::rcx);
+      a_.load(x86::rcx, offsetof(Context, attention));
+      a_.bytes(0x8b, 0x09);  // mov ecx, [rcx]
+      u8* none = a_.jump_if_rcx_zero_later();
+      cold.site = a_.jump_later();
+      cold.restores_rcx = true;
+      add_cold(cold);
+      a_.aim_short(none);
+      a_.load(x86::rcx, offsetof(Context, temporary));
+    }
+  }
+  if (const Block* block =
+          request_.cache->find(reinterpret_cast<u64>(request_.page) + unsigned(target), request_.mode.number())) {
+    a_.jump(block->code);
+    return;
+  }
+  Cold cold{};
+  cold.kind = Cold::Kind::link;
+  cold.target = target;
+  cold.guest = n;
+  cold.site = a_.jump_later();
+  add_cold(cold);
+}
+
+void Translation::indirect() {
+  constexpr Register rcx = x86::rcx;
+  const u32 jumps = u32(offsetof(Context, jumps) + request_.mode.number() * sizeof(JumpCache));
+  a_.store(offsetof(Context, temporary), rcx);
+  a_.load(rcx, offsetof(Context, attention));
+  a_.bytes(0x8b, 0x09);  // mov ecx, [rcx]
+  u8* calm = a_.jump_if_rcx_zero_later();
+  u8* miss = a_.jump_later();
+  a_.aim_short(calm);
+  a_.extract_bits(index_scratch, address_scratch, offsetof(Context, jump_index_bits));
+  a_.load(rcx, jumps + u32(offsetof(JumpCache, minus_rip)), index_scratch, 3);
+  a_.lea(rcx, rcx, address_scratch, 0, 0);
+  u8* hit = a_.jump_if_rcx_zero_later();
+  a_.aim(miss);
+  a_.load(rcx, offsetof(Context, temporary));
+  a_.jump(leave());
+  a_.aim_short(hit);
+  a_.load(rcx, jumps + u32(offsetof(JumpCache, page_base)), index_scratch, 3);
+  a_.store(offsetof(Context, page_base), rcx);
+  a_.load(rcx, offsetof(Context, temporary));
+  a_.jump_context(jumps + u32(offsetof(JumpCache, code)), index_scratch, 3);
+}
+
+void Translation::push_return_address(const Guest& g, unsigned n) {
+  check({.base = x86::rsp, .displacement = -8}, 8, true, n, true);
+  to_page_offset(index_scratch, g.next);
+  a_.store_to(address_scratch, 0, index_scratch);
+  a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
+}
+
+void Translation::emit(unsigned n) {
+  const Guest& g = guests_[n];
+  const auto& operand = g.d.operands[0];
+  switch (g.what.kind) {
+    case Kind::step: step(g, false); break;
+    case Kind::step_and_end: step(g, true); break;
+    case Kind::nothing: break;
+    case Kind::want_vectors:
+      a_.move_immediate32(index_scratch, 1);
+      a_.context_op({0x89}, index_scratch, offsetof(Context, wants_vectors), -1, 0, false);
+      to_page_offset(address_scratch, g.offset);
+      a_.jump(leave());
+      break;
+    case Kind::native: emit_native(g, n); break;
+    case Kind::lea: emit_lea(g); break;
+    case Kind::push: {
+      check({.base = x86::rsp, .displacement = -8}, 8, true, n, g.flags_live);
+      if (operand.type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
+        a_.bytes(0x49, 0xc7, 0x06);  // mov qword [r14], imm32
+        a_.dword(u32(operand.imm.value.s));
+      } else {
+        const unsigned guest = unsigned(general_register(operand));
+        Register from = home(guest);
+        if (in_context(guest)) {
+          a_.load(index_scratch, spill_slot(guest));
+          from = index_scratch;
+        }
+        a_.store_to(address_scratch, 0, from);
+      }
+      a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
+      break;
+    }
+    case Kind::pop: {
+      const unsigned guest = unsigned(general_register(operand));
+      check({.base = x86::rsp}, 8, false, n, g.flags_live);
+      if (in_context(guest)) {
+        a_.load_from(index_scratch, address_scratch, 0);
+        a_.store(spill_slot(guest), index_scratch);
+      } else {
+        a_.load_from(home(guest), address_scratch, 0);
+      }
+      a_.lea(guest_rsp, guest_rsp, -1, 0, 8);
+      break;
+    }
+    case Kind::leave:
+      check({.base = x86::rbp}, 8, false, n, g.flags_live);
+      a_.lea(guest_rsp, x86::rbp, -1, 0, 8);
+      a_.load_from(x86::rbp, address_scratch, 0);
+      break;
+    case Kind::jump: link(branch_target(g), exit_flags_live_, n); break;
+    case Kind::jump_if: {
+      u8* not_taken = a_.jump_if_later((g.d.instruction.opcode & 15) ^ 1);
+      link(branch_target(g), exit_flags_live_, n);
+      a_.aim(not_taken);
+      link(g.next, exit_flags_live_, n);
+      break;
+    }
+    case Kind::call:
+      push_return_address(g, n);
+      link(branch_target(g), true, n);
+      break;
+    case Kind::jump_indirect:
+    case Kind::call_indirect: {
+      if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY) {
+        check(address_of(g, operand), 8, false, n, true);
+        a_.load_from(address_scratch, address_scratch, 0);
+      } else {
+        const unsigned guest = unsigned(general_register(operand));
+        if (in_context(guest))
+          a_.load(address_scratch, spill_slot(guest));
+        else
+          a_.move(address_scratch, home(guest));
+      }
+      if (g.what.kind == Kind::call_indirect) {
+        a_.store(offsetof(Context, target), address_scratch);
+        push_return_address(g, n);
+        a_.load(address_scratch, offsetof(Context, target));
+      }
+      indirect();
+      break;
+    }
+    case Kind::ret: {
+      s32 extra = 0;
+      if (operand.type == ZYDIS_OPERAND_TYPE_IMMEDIATE && operand.visibility == ZYDIS_OPERAND_VISIBILITY_EXPLICIT)
+        extra = s32(operand.imm.value.u & 0xffff);
+      check({.base = x86::rsp}, 8, false, n, true);
+      a_.load_from(address_scratch, address_scratch, 0);
+      a_.lea(guest_rsp, guest_rsp, -1, 0, 8 + extra);
+      indirect();
+      break;
+    }
+  }
+}
+
+void Translation::emit_cold(const Cold& cold) {
+  const Guest& g = guests_[cold.guest];
+  a_.aim(cold.site);
+  if (cold.restores_rcx) a_.load(x86::rcx, offsetof(Context, temporary));
+  switch (cold.kind) {
+    case Cold::Kind::refill:
+      compute(cold.address);
+      a_.move_immediate32(index_scratch, cold.fill);
+      a_.call(request_.stubs->fill);
+      a_.jump(cold.retry);
+      [[fallthrough]];
+    case Cold::Kind::step: {
+      const bool ends = ends_block(g.what.kind);
+      step(g, ends);
+      if (!ends) a_.jump(after_[cold.guest]);
+      break;
+    }
+    case Cold::Kind::link:
+      // Leave, telling where the jump is that a later translation may aim.
+      a_.move_immediate64(address_scratch, reinterpret_cast<u64>(cold.site));
+      a_.store(offsetof(Context, link_site), address_scratch);
+      to_page_offset(address_scratch, cold.target);
+      a_.jump(leave());
+      break;
+    case Cold::Kind::back_edge:
+      to_page_offset(address_scratch, cold.target);
+      a_.jump(leave());
+      break;
+  }
+}
+
+u8* Translation::run() {
+  collect();
+  for (unsigned n = 0; n < count_; ++n) {
+    emit(n);
+    after_[n] = a_.here();
+  }
+  if (falls_through_) link(guests_[count_ - 1].next, exit_flags_live_, count_ - 1);
+  for (unsigned n = 0; n < cold_count_; ++n) emit_cold(cold_[n]);
+  return a_.overflowed() || out_of_room_ ? nullptr : a_.here();
+}
+
+}  // namespace
+
+u8* translate_block(const BlockRequest& request, u8* at, u8* end) {
+  Translation translation(request, at, end);
+  return translation.run();
+}
+
+}  // namespace anykvm::engine::translate

@@ -1,0 +1,111 @@
+#include "engine/translate/code_cache.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <new>
+
+namespace anykvm::engine::translate {
+
+namespace {
+
+template <class T>
+T* map(std::size_t count, int protection = PROT_READ | PROT_WRITE) {
+  void* at = mmap(nullptr, count * sizeof(T), protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<T*>(at);
+}
+template <class T>
+void forget(T* at, std::size_t count) {
+  madvise(at, count * sizeof(T), MADV_DONTNEED);
+}
+
+u32 mix(u64 value) { return u32((value * 0x9e3779b97f4a7c15) >> 40); }
+
+}  // namespace
+
+CodeCache::CodeCache()
+    : code_(map<u8>(code_bytes, PROT_READ | PROT_WRITE | PROT_EXEC)),
+      blocks_(map<Block>(max_blocks)),
+      block_index_(map<u32>(block_slots)),
+      pages_(map<CodePage>(max_pages)),
+      copies_(map<u8>(max_pages * page_size)),
+      page_index_(map<u32>(page_slots)) {}
+
+CodeCache::~CodeCache() {
+  munmap(code_, code_bytes);
+  munmap(blocks_, max_blocks * sizeof(Block));
+  munmap(block_index_, block_slots * sizeof(u32));
+  munmap(pages_, max_pages * sizeof(CodePage));
+  munmap(copies_, max_pages * page_size);
+  munmap(page_index_, page_slots * sizeof(u32));
+}
+
+u32 CodeCache::block_slot(u64 address, unsigned mode) { return mix(address * 8 + mode) % block_slots; }
+
+Block* CodeCache::find(u64 address, unsigned mode) {
+  for (u32 slot = block_slot(address, mode); block_index_[slot]; slot = (slot + 1) % block_slots) {
+    if (block_index_[slot] == removed) continue;
+    Block& block = blocks_[block_index_[slot]];
+    if (block.address == address && block.mode == mode) return &block;
+  }
+  return nullptr;
+}
+
+CodePage* CodeCache::find_page(u64 address) {
+  for (u32 slot = mix(address) % page_slots; page_index_[slot]; slot = (slot + 1) % page_slots)
+    if (pages_[page_index_[slot]].address == address) return &pages_[page_index_[slot]];
+  return nullptr;
+}
+
+CodePage* CodeCache::page_for(u64 address) {
+  u32 slot = mix(address) % page_slots;
+  for (; page_index_[slot]; slot = (slot + 1) % page_slots)
+    if (pages_[page_index_[slot]].address == address) return &pages_[page_index_[slot]];
+  if (page_count_ == max_pages) return nullptr;
+  page_index_[slot] = page_count_;
+  CodePage& page = pages_[page_count_++];
+  page = {.address = address};
+  return &page;
+}
+
+void CodeCache::take_copy(CodePage& page) {
+  std::memcpy(copies_ + (&page - pages_) * page_size, reinterpret_cast<const void*>(page.address), page_size);
+}
+
+Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, std::size_t used) {
+  if (block_count_ == max_blocks) return nullptr;
+  u32 slot = block_slot(address, mode);
+  while (block_index_[slot] && block_index_[slot] != removed) slot = (slot + 1) % block_slots;
+  block_index_[slot] = block_count_;
+  Block& block = blocks_[block_count_];
+  block = {.address = address, .code = free_code(), .next_in_page = page.first_block, .mode = u8(mode)};
+  page.first_block = block_count_++;
+  code_used_ += (used + 15) & ~std::size_t(15);
+  return &block;
+}
+
+void CodeCache::drop(CodePage& page) {
+  for (u32 number = page.first_block; number; number = blocks_[number].next_in_page) {
+    const Block& block = blocks_[number];
+    for (u32 slot = block_slot(block.address, block.mode); block_index_[slot]; slot = (slot + 1) % block_slots)
+      if (block_index_[slot] == number) {
+        block_index_[slot] = removed;
+        break;
+      }
+  }
+  page.first_block = 0;
+  ++page.rewritten;
+}
+
+void CodeCache::clear() {
+  forget(blocks_, max_blocks);
+  forget(block_index_, block_slots);
+  forget(pages_, max_pages);
+  forget(copies_, max_pages * page_size);
+  forget(page_index_, page_slots);
+  code_used_ = code_kept_;
+  block_count_ = page_count_ = 1;
+}
+
+}  // namespace anykvm::engine::translate

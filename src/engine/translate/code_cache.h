@@ -1,0 +1,67 @@
+// Where translated code lives: blocks by the host address of their first byte and their mode, pages by host address.
+// Fixed tables in lazily mapped memory: nothing here allocates while a guest runs.
+#pragma once
+
+#include "engine/translate/context.h"
+
+namespace anykvm::engine::translate {
+
+struct Block {
+  u64 address = 0;  ///< host address of the guest's code
+  u8* code = nullptr;
+  u32 next_in_page = 0;
+  u8 mode = 0;
+};
+
+/// A page of guest code that has blocks. `copy` is what they were made from.
+struct CodePage {
+  u64 address = 0;
+  u32 first_block = 0;  ///< 0: none
+  u32 rewritten = 0;    ///< how often its blocks had to be dropped
+  u64 verified = 0;     ///< the epoch in which the copy was last compared with memory
+};
+
+class CodeCache {
+ public:
+  static constexpr std::size_t code_bytes = 32u << 20;
+  static constexpr u32 max_blocks = 1u << 18, max_pages = 1u << 12;
+  /// A page rewritten more often than this is no longer translated.
+  static constexpr u32 most_rewrites = 64;
+
+  CodeCache();
+  ~CodeCache();
+  CodeCache(const CodeCache&) = delete;
+  CodeCache& operator=(const CodeCache&) = delete;
+
+  Block* find(u64 address, unsigned mode);
+  /// nullptr: the tables are full; clear() and try again.
+  CodePage* page_for(u64 address);
+  CodePage* find_page(u64 address);
+  const u8* copy_of(const CodePage& page) const { return copies_ + (&page - pages_) * page_size; }
+  void take_copy(CodePage& page);
+  /// Registers code emitted at free_code(); `used` bytes of it are taken.
+  Block* add(CodePage& page, u64 address, unsigned mode, std::size_t used);
+  /// Forgets the blocks of a page.
+  void drop(CodePage& page);
+  void clear();
+
+  u8* free_code() { return code_ + code_used_; }
+  u8* code_end() { return code_ + code_bytes; }
+  /// Code up to here survives clear(): the common stubs.
+  void keep_code(const u8* end) { code_kept_ = code_used_ = std::size_t(end - code_); }
+
+ private:
+  static constexpr u32 block_slots = max_blocks * 2, page_slots = max_pages * 2, removed = ~0u;
+  static u32 block_slot(u64 address, unsigned mode);
+
+  u8* code_;
+  Block* blocks_;     ///< [max_blocks]; number 0 is none
+  u32* block_index_;  ///< [block_slots], open addressing
+  CodePage* pages_;   ///< [max_pages]; number 0 is none
+  u8* copies_;        ///< [max_pages] pages
+  u32* page_index_;   ///< [page_slots]
+  std::size_t code_used_ = 0, code_kept_ = 0;
+  u32 block_count_ = 1, page_count_ = 1;
+};
+
+}  // namespace anykvm::engine::translate

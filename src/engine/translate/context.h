@@ -1,0 +1,75 @@
+// What translated code reaches through the GS base, and which host register holds which guest register.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+
+#include "engine/translate/assembler.h"
+#include "x86/cpu.h"
+
+namespace anykvm::engine::translate {
+
+// --- registers
+// --------------------------------------------------------------------------------------------------------- Guest
+// RAX-RDI (but RSP) and R8-R12 live in the host registers of the same name; guest RSP in host R15. Guest R13-R15, which
+// compilers use least, live in the context, so that host R13 and R14 are free for address checks.
+inline constexpr Register index_scratch = 13, address_scratch = 14, guest_rsp = 15;
+inline constexpr Register host_rsp = 4;
+constexpr bool in_context(unsigned guest) { return guest >= 13; }
+constexpr Register home(unsigned guest) { return guest == x86::rsp ? guest_rsp : Register(guest); }
+
+// --- the TLB of translated code
+// ------------------------------------------------------------------------------------------
+/// One page. Tags are negated, so that adding one to an address inside the page leaves the offset in the page: one
+/// compare with 4096 - size then checks the page and its end together. An entry that holds nothing has a tag of another
+/// slot's page, which no address of this slot can match.
+struct TlbEntry {
+  u64 minus_read, minus_write;
+  u64 host;
+  u64 unused;
+};
+inline constexpr unsigned tlb_entries = 1024;
+/// A tag for a slot that is empty: of a page that neither this slot nor a neighbour can be asked for.
+constexpr u64 minus_other_page(unsigned slot) { return -(u64((slot + tlb_entries / 2) % tlb_entries) << 12); }
+
+// --- where a guest address continues ---------------------------------------------------------------------------------
+/// Targets of indirect and cross-page branches by guest RIP. minus_rip of an unused slot is a RIP of another slot.
+inline constexpr unsigned jump_entries = 2048;
+struct JumpCache {
+  u64 minus_rip[jump_entries];
+  u64 code[jump_entries];
+  u64 page_base[jump_entries];
+};
+
+/// Translated code differs by whose rights it has and by whether the guest's vector registers are in the host's.
+struct Mode {
+  static constexpr unsigned count = 6;
+  x86::Privilege privilege;
+  bool vectors;
+  unsigned number() const { return unsigned(privilege) * 2 + vectors; }
+};
+
+struct Context {
+  u64 page_base;   ///< guest address of the page that the running block lies in
+  u64 spilled[3];  ///< guest R13, R14, R15
+  u64 temporary;
+  u64 enter_at;
+  u64 fs_base, gs_base;
+  x86::CpuState* state;
+  const std::atomic<u32>* attention;
+  u64 tlb_index_bits, page_number_bits, jump_index_bits, low_bits[3];  ///< masks for PEXT; low_bits: 0xf, 0x1f, 0x3f
+  u64 host_stack;
+  u64 link_site;  ///< the jump that led out of the code and may be aimed at the next block; 0: none
+  void* translator;
+  Context* self;
+  u64 target;  ///< of an indirect call, while its return address is pushed
+  u32 host_mxcsr;
+  u32 wants_vectors;  ///< left because the next instruction needs the vector registers
+
+  alignas(64) TlbEntry tlb[3][tlb_entries];
+  JumpCache jumps[Mode::count];
+};
+
+inline constexpr u32 spill_slot(unsigned guest) { return offsetof(Context, spilled) + (guest - 13) * 8; }
+
+}  // namespace anykvm::engine::translate

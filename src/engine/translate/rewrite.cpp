@@ -1,0 +1,127 @@
+#include "engine/translate/rewrite.h"
+
+namespace anykvm::engine::translate {
+
+int general_register(const ZydisDecodedOperand& operand) {
+  if (operand.type != ZYDIS_OPERAND_TYPE_REGISTER) return -1;
+  switch (ZydisRegisterGetClass(operand.reg.value)) {
+    case ZYDIS_REGCLASS_GPR8:
+    case ZYDIS_REGCLASS_GPR16:
+    case ZYDIS_REGCLASS_GPR32:
+    case ZYDIS_REGCLASS_GPR64:
+      return ZydisRegisterGetId(ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, operand.reg.value));
+    default: return -1;
+  }
+}
+
+bool is_high_byte(const ZydisDecodedOperand& operand) {
+  return operand.type == ZYDIS_OPERAND_TYPE_REGISTER && operand.reg.value >= ZYDIS_REGISTER_AH &&
+         operand.reg.value <= ZYDIS_REGISTER_BH;
+}
+
+bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const ZydisDecodedOperand> operands,
+             const u8* bytes, const Renaming& renaming) {
+  // Which fields name general registers.
+  int reg = -1, rm = -1, in_opcode = -1, vvvv = -1;
+  bool high_byte = false, memory = false;
+  for (const ZydisDecodedOperand& operand : operands) {
+    if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY && operand.encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM) memory = true;
+    const int number = general_register(operand);
+    if (number < 0) continue;
+    if (is_high_byte(operand)) {
+      high_byte = true;
+      continue;
+    }
+    switch (operand.encoding) {
+      case ZYDIS_OPERAND_ENCODING_MODRM_REG: reg = renaming.registers[number]; break;
+      case ZYDIS_OPERAND_ENCODING_MODRM_RM: rm = renaming.registers[number]; break;
+      case ZYDIS_OPERAND_ENCODING_OPCODE: in_opcode = renaming.registers[number]; break;
+      case ZYDIS_OPERAND_ENCODING_NDSNDD: vvvv = renaming.registers[number]; break;
+      case ZYDIS_OPERAND_ENCODING_NONE: break;  // implicit: keeps its own name
+      default: return false;
+    }
+  }
+  if (memory != (renaming.memory_register >= 0)) return false;
+
+  unsigned at = 0;
+  unsigned rex = 0;
+  for (;; ++at) {
+    const u8 b = bytes[at];
+    if ((b & 0xf0) == 0x40) {
+      rex = b;
+    } else if (b == 0x66 || b == 0xf2 || b == 0xf3 || b == 0xf0) {
+      a.byte(b);
+      rex = 0;
+    } else if (b == 0x26 || b == 0x2e || b == 0x36 || b == 0x3e || b == 0x64 || b == 0x65 || b == 0x67) {
+      rex = 0;
+    } else {
+      break;
+    }
+  }
+  const bool has_modrm = d.attributes & ZYDIS_ATTRIB_HAS_MODRM;
+  const unsigned modrm_at = has_modrm ? d.raw.modrm.offset : d.length;
+  const auto with_bit = [](unsigned value, unsigned bit, unsigned on) {
+    return (value & ~(1u << bit)) | (on & 1) << bit;
+  };
+
+  switch (d.encoding) {
+    case ZYDIS_INSTRUCTION_ENCODING_LEGACY: {
+      unsigned out = rex;
+      if (reg >= 0) out = with_bit(out, 2, unsigned(reg) >> 3);
+      if (memory) out = with_bit(with_bit(out, 1, 0), 0, unsigned(renaming.memory_register) >> 3);
+      if (rm >= 0) out = with_bit(out, 0, unsigned(rm) >> 3);
+      if (in_opcode >= 0) out = with_bit(out, 0, unsigned(in_opcode) >> 3);
+      if (out || rex) {
+        if (high_byte) return false;
+        a.byte(out | 0x40);
+      }
+      break;
+    }
+    case ZYDIS_INSTRUCTION_ENCODING_VEX: {
+      unsigned first, second;
+      if (bytes[at] == 0xc5) {
+        first = (bytes[at + 1] & 0x80u) | 0x61;
+        second = bytes[at + 1] & 0x7fu;
+        at += 2;
+      } else {
+        first = bytes[at + 1];
+        second = bytes[at + 2];
+        at += 3;
+      }
+      if (reg >= 0) first = with_bit(first, 7, ~unsigned(reg) >> 3);
+      if (memory) first = with_bit(with_bit(first, 6, 1), 5, ~unsigned(renaming.memory_register) >> 3);
+      if (rm >= 0) first = with_bit(first, 5, ~unsigned(rm) >> 3);
+      if (vvvv >= 0) second = (second & ~0x78u) | (~unsigned(vvvv) & 15) << 3;
+      a.bytes(0xc4, first, second);
+      break;
+    }
+    default: return false;
+  }
+  if (!has_modrm) {
+    const unsigned opcode_at = at + (bytes[at] == 0x0f ? 1 : 0);
+    for (; at < d.length; ++at)
+      a.byte(at == opcode_at && in_opcode >= 0 ? (bytes[at] & ~7u) | (unsigned(in_opcode) & 7) : bytes[at]);
+    return true;
+  }
+  for (; at < modrm_at; ++at) a.byte(bytes[at]);
+
+  unsigned modrm = bytes[modrm_at];
+  if (reg >= 0) modrm = (modrm & ~0x38u) | (unsigned(reg) & 7) << 3;
+  if (rm >= 0) modrm = (modrm & ~7u) | (unsigned(rm) & 7);
+  if (memory) {
+    const unsigned base = unsigned(renaming.memory_register) & 7;
+    modrm = (modrm & 0x38) | base | (base == 5 ? 0x40 : 0);
+    a.byte(modrm);
+    if (base == 4) a.byte(0x24);
+    if (base == 5) a.byte(0);
+  } else {
+    a.byte(modrm);
+  }
+  unsigned tail = modrm_at + 1;
+  if (d.attributes & ZYDIS_ATTRIB_HAS_SIB) ++tail;
+  tail += d.raw.disp.size / 8;
+  for (; tail < d.length; ++tail) a.byte(bytes[tail]);
+  return true;
+}
+
+}  // namespace anykvm::engine::translate

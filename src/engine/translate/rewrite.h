@@ -1,0 +1,25 @@
+// Emits a guest instruction of 64-bit code again with its registers renamed and its memory operand replaced.
+#pragma once
+
+#include <Zydis/Zydis.h>
+
+#include <span>
+
+#include "engine/translate/assembler.h"
+
+namespace anykvm::engine::translate {
+
+struct Renaming {
+  Register registers[16];    ///< host register for each general register that ModRM, the opcode or VEX.vvvv names
+  int memory_register = -1;  ///< the memory operand becomes [register]
+};
+
+/// false: the instruction cannot be encoded so (EVEX, AH-DH together with a register that needs REX).
+bool rewrite(Assembler& a, const ZydisDecodedInstruction& instruction, std::span<const ZydisDecodedOperand> operands,
+             const u8* bytes, const Renaming& renaming);
+
+/// The number of a general register operand, or -1.
+int general_register(const ZydisDecodedOperand& operand);
+bool is_high_byte(const ZydisDecodedOperand& operand);
+
+}  // namespace anykvm::engine::translate

@@ -1,0 +1,146 @@
+#include "engine/translate/stubs.h"
+
+#include <iterator>
+
+namespace anykvm::engine::translate {
+
+namespace {
+
+constexpr Register rax = 0, rcx = 1, rdx = 2, rbx = 3, rbp = 5, rsi = 6, rdi = 7;
+constexpr u32 gpr_at = offsetof(x86::CpuState, gpr), rip_at = offsetof(x86::CpuState, rip);
+constexpr u32 flags_at = offsetof(x86::CpuState, arithmetic);
+constexpr u32 vector_at = offsetof(x86::CpuState, fpu) + offsetof(x86::FpuState, vector);
+constexpr u32 mxcsr_at = offsetof(x86::CpuState, fpu) + offsetof(x86::FpuState, mxcsr);
+
+constexpr u32 at_state = offsetof(Context, state);
+
+/// Moves xmm/ymm/zmm 0-15: opcode 0x10 loads, 0x11 stores.
+void move_vectors(Assembler& a, unsigned opcode, Register base, bool whole) {
+  for (unsigned n = 0; n < 16; ++n) {
+    const unsigned not_r = (~n >> 3 & 1) << 7, not_b = (~base >> 3 & 1) << 5;
+    if (whole)
+      a.bytes(0x62, not_r | 0x40 | not_b | 0x10 | 0x01, 0x7c, 0x48, opcode);
+    else
+      a.bytes(0xc4, not_r | 0x40 | not_b | 0x01, 0x7c, opcode);
+    a.byte(0x80 | (n & 7) << 3 | (base & 7));
+    a.dword(vector_at + n * 64);
+  }
+}
+
+/// 0F AE /extension [base + displacement]: ldmxcsr 2, stmxcsr 3.
+void mxcsr_op(Assembler& a, unsigned extension, Register base, u32 displacement) {
+  if (base >= 8) a.byte(0x41);
+  a.bytes(0x0f, 0xae);
+  a.address(extension, base, s32(displacement));
+}
+void mxcsr_context(Assembler& a, unsigned extension, u32 offset) {
+  a.bytes(0x65, 0x0f, 0xae, extension << 3 | 4, 0x25);
+  a.dword(offset);
+}
+
+/// Guest registers and flags to the state. Only the address scratch is used; RIP is the caller's.
+void save_guest(Assembler& a, bool vectors, bool whole) {
+  // Flags first: nothing before touches them.
+  a.load(index_scratch, at_state);
+  for (unsigned guest = 0; guest < 16; ++guest)
+    if (!in_context(guest)) a.store_to(index_scratch, s32(gpr_at + guest * 8), home(guest));
+  // lahf ; seto al ; mov [state + arithmetic], ax
+  a.bytes(0x9f, 0x0f, 0x90, 0xc0, 0x66, 0x41, 0x89);
+  a.address(rax, index_scratch, s32(flags_at));
+  for (unsigned guest = 13; guest < 16; ++guest) {
+    a.load(rax, spill_slot(guest));
+    a.store_to(index_scratch, s32(gpr_at + guest * 8), rax);
+  }
+  if (vectors) {
+    move_vectors(a, 0x11, index_scratch, whole);
+    mxcsr_op(a, 3, index_scratch, mxcsr_at);
+    mxcsr_context(a, 2, offsetof(Context, host_mxcsr));
+  }
+  a.byte(0xfc);  // cld
+}
+
+void load_guest(Assembler& a, bool vectors, bool whole) {
+  a.load(index_scratch, at_state);
+  if (vectors) {
+    move_vectors(a, 0x10, index_scratch, whole);
+    mxcsr_op(a, 2, index_scratch, mxcsr_at);
+  }
+  for (unsigned guest = 13; guest < 16; ++guest) {
+    a.load_from(rax, index_scratch, s32(gpr_at + guest * 8));
+    a.store(spill_slot(guest), rax);
+  }
+  // movzx eax, word [state + arithmetic] ; add al, 0x7f ; sahf
+  a.bytes(0x41, 0x0f, 0xb7);
+  a.address(rax, index_scratch, s32(flags_at));
+  a.bytes(0x04, 0x7f, 0x9e);
+  for (unsigned guest = 0; guest < 16; ++guest)
+    if (!in_context(guest)) a.load_from(home(guest), index_scratch, s32(gpr_at + guest * 8));
+}
+
+constexpr Register callee_saved[] = {rbx, rbp, 12, 13, 14, 15};
+
+/// From the saved state back to whoever called enter.
+void return_to_host(Assembler& a, bool vectors) {
+  a.load(host_rsp, offsetof(Context, host_stack));
+  if (vectors) a.bytes(0xc5, 0xf8, 0x77);  // vzeroupper
+  for (unsigned n = std::size(callee_saved); n-- > 0;) a.pop(callee_saved[n]);
+  a.ret();
+}
+
+}  // namespace
+
+Stubs emit_stubs(Assembler& a, bool whole) {
+  Stubs stubs{};
+  for (unsigned vectors = 0; vectors < 2; ++vectors) {
+    stubs.enter[vectors] = reinterpret_cast<void (*)(Context*)>(a.here());
+    for (Register reg : callee_saved) a.push(reg);
+    a.store(offsetof(Context, host_stack), host_rsp);
+    if (vectors) mxcsr_context(a, 3, offsetof(Context, host_mxcsr));
+    load_guest(a, vectors, whole);
+    a.bytes(0x65, 0xff, 0x24, 0x25);  // jmp gs:[enter_at]
+    a.dword(offsetof(Context, enter_at));
+
+    stubs.leave[vectors] = a.here();
+    save_guest(a, vectors, whole);
+    a.store_to(index_scratch, s32(rip_at), address_scratch);
+    return_to_host(a, vectors);
+
+    stubs.step[vectors] = a.here();
+    save_guest(a, vectors, whole);
+    if (vectors) a.bytes(0xc5, 0xf8, 0x77);
+    a.load(rdi, offsetof(Context, self));
+    a.move32(rsi, address_scratch);
+    // The stack is 16-byte aligned here: six registers and two return addresses lie on it.
+    a.move_immediate64(rax, reinterpret_cast<u64>(&step_function));
+    a.bytes(0xff, 0xd0);            // call rax
+    a.bytes(0x84, 0xc0);            // test al, al
+    u8* stop = a.jump_if_later(4);  // jz
+    load_guest(a, vectors, whole);
+    a.ret();
+    a.aim(stop);
+    return_to_host(a, false);
+  }
+
+  stubs.fill = a.here();
+  constexpr Register caller_saved[] = {rax, rcx, rdx, rsi, rdi, 8, 9, 10, 11};
+  for (Register reg : caller_saved) a.push(reg);
+  a.bytes(0x9f, 0x0f, 0x90, 0xc0);  // lahf ; seto al
+  a.push(rax);
+  a.bytes(0xfc);
+  a.load(rdi, offsetof(Context, self));
+  a.move(rsi, address_scratch);
+  a.move32(rdx, index_scratch);
+  a.move_immediate64(rax, reinterpret_cast<u64>(&fill_function));
+  a.bytes(0xff, 0xd0);
+  a.bytes(0x84, 0xc0);
+  u8* filled = a.jump_if_later(5);         // jnz
+  a.bytes(0x48, 0x83, 0x44, 0x24, 80, 5);  // add qword [rsp + 80], 5: the return address
+  a.aim(filled);
+  a.pop(rax);
+  a.bytes(0x04, 0x7f, 0x9e);  // add al, 0x7f ; sahf
+  for (unsigned n = std::size(caller_saved); n-- > 0;) a.pop(caller_saved[n]);
+  a.ret();
+  return stubs;
+}
+
+}  // namespace anykvm::engine::translate

@@ -1,0 +1,262 @@
+#include "engine/translate/translator.h"
+
+#include <asm/prctl.h>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <new>
+
+#include "engine/native/native_code.h"
+#include "engine/translate/block.h"
+#include "x86/cpuid.h"
+
+namespace anykvm::engine {
+
+std::unique_ptr<Engine> make_translator() { return std::make_unique<translate::Translator>(); }
+
+namespace translate {
+
+using x86::ExitKind;
+
+namespace {
+
+/// The thread's GS base for the time of a run: free in 64-bit user programs, and a system call only on old kernels.
+class GsBase {
+ public:
+  explicit GsBase(void* base) : before_(get()) { set(u64(base)); }
+  ~GsBase() { set(before_); }
+  GsBase(const GsBase&) = delete;
+  GsBase& operator=(const GsBase&) = delete;
+
+ private:
+  static bool has_instructions() {
+    static const bool has = getauxval(AT_HWCAP2) & 2;
+    return has;
+  }
+  static u64 get() {
+    u64 base = 0;
+    if (has_instructions())
+      __asm__ volatile("rdgsbase %0" : "=r"(base));
+    else
+      syscall(SYS_arch_prctl, ARCH_GET_GS, &base);
+    return base;
+  }
+  static void set(u64 base) {
+    if (has_instructions())
+      __asm__ volatile("wrgsbase %0" ::"r"(base));
+    else
+      syscall(SYS_arch_prctl, ARCH_SET_GS, base);
+  }
+  u64 before_;
+};
+
+constexpr unsigned jump_slot(u64 rip) { return unsigned(rip >> 1) & (jump_entries - 1); }
+
+}  // namespace
+
+bool step_function(Context* context, u32 where) {
+  return static_cast<Translator*>(context->translator)->step_in_block(where);
+}
+
+Translator::Translator() : reference_(make_interpreter()) {
+  void* memory =
+      mmap(nullptr, sizeof(Context), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  context_ = new (memory) Context;
+  context_->translator = this;
+  context_->self = context_;
+  context_->tlb_index_bits = u64(tlb_entries - 1) << 12;
+  context_->page_number_bits = page_mask;
+  context_->jump_index_bits = u64(jump_entries - 1) << 1;
+  for (unsigned n = 0; n < 3; ++n) context_->low_bits[n] = (16u << n) - 1;
+  // Zeroed memory is an empty table but for the slots that page 0 and RIP 0 and their neighbours would match.
+  for (auto& table : context_->tlb)
+    for (unsigned slot : {tlb_entries - 1, 0u, 1u})
+      table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
+  for (auto& jumps : context_->jumps) jumps.minus_rip[0] = 1;
+  Assembler a(cache_.free_code(), cache_.code_end());
+  stubs_ = emit_stubs(a, x86::offer_avx512 && host_has_avx512());
+  cache_.keep_code(a.here());
+}
+
+Translator::~Translator() { munmap(context_, sizeof(Context)); }
+
+bool Translator::vectors_allowed() const {
+  const x86::CpuState& s = cpu_->state;
+  constexpr u64 needed = x86::xfeature::sse | x86::xfeature::avx;
+  return !(s.cr0 & (x86::cr0::em | x86::cr0::ts)) && s.cr4 & x86::cr4::osfxsr && s.cr4 & x86::cr4::osxsave &&
+         (s.xcr0 & needed) == needed && (s.fpu.mxcsr & 0x1f80) == 0x1f80;
+}
+
+bool Translator::translatable() const {
+  const x86::CpuState& s = cpu_->state;
+  return s.code_bits == 64 && !(s.other_flags & x86::flag::tf) && !s.event.shadow && !cpu_->debug_watch &&
+         cpu_->data_privilege != x86::Privilege::user_aligned;
+}
+
+void Translator::flush_tlb() {
+  if (tlb_used_count_ <= std::size(tlb_used_)) {
+    for (u32 n = 0; n < tlb_used_count_; ++n) {
+      TlbEntry& entry = context_->tlb[tlb_used_[n] / tlb_entries][tlb_used_[n] % tlb_entries];
+      entry.minus_read = entry.minus_write = minus_other_page(tlb_used_[n] % tlb_entries);
+    }
+  } else {
+    for (auto& table : context_->tlb)
+      for (unsigned slot = 0; slot < tlb_entries; ++slot)
+        table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
+  }
+  tlb_used_count_ = 0;
+}
+
+void Translator::flush_jumps() {
+  const auto forget = [this](unsigned mode, unsigned slot) { context_->jumps[mode].minus_rip[slot] = slot == 0; };
+  if (jumps_used_count_ <= std::size(jumps_used_)) {
+    for (u32 n = 0; n < jumps_used_count_; ++n) forget(jumps_used_[n] / jump_entries, jumps_used_[n] % jump_entries);
+  } else {
+    for (unsigned mode = 0; mode < Mode::count; ++mode)
+      for (unsigned slot = 0; slot < jump_entries; ++slot) forget(mode, slot);
+  }
+  jumps_used_count_ = 0;
+  context_->link_site = 0;
+}
+
+void Translator::follow_flushes() {
+  if (cpu_->mmu.flush_count() == flushes_seen_) return;
+  flushes_seen_ = cpu_->mmu.flush_count();
+  flush_tlb();
+  flush_jumps();
+  ++epoch_;
+}
+
+void Translator::refresh_segments() {
+  context_->fs_base = cpu_->state.segment[x86::fs].base;
+  context_->gs_base = cpu_->state.segment[x86::gs].base;
+}
+
+void Translator::page_written(const u8* host) {
+  CodePage* page = cache_.find_page(u64(host) & page_mask);
+  if (!page || !page->first_block) return;
+  cache_.drop(*page);
+  flush_jumps();
+  code_dropped_ = true;
+}
+
+Block* Translator::make_block(CodePage& page, u64 address, Mode mode) {
+  const BlockRequest request{.page = reinterpret_cast<const u8*>(page.address),
+                             .offset = unsigned(address & ~page_mask),
+                             .mode = mode,
+                             .vectors_allowed = vectors_allowed(),
+                             .stubs = &stubs_,
+                             .cache = &cache_};
+  u8* const code = cache_.free_code();
+  const u8* end = translate_block(request, code, cache_.code_end());
+  return end ? cache_.add(page, address, mode.number(), std::size_t(end - code)) : nullptr;
+}
+
+Block* Translator::block_at_rip() {
+  x86::CpuState& s = cpu_->state;
+  const x86::Privilege privilege = s.cpl == 3 ? x86::Privilege::user : cpu_->system_privilege;
+  x86::Mmu::Translation where;
+  if (cpu_->mmu.translate(*cpu_, s.rip, x86::Access::fetch, privilege, where) != x86::Result::ok || !where.host)
+    return nullptr;
+  const u64 address = reinterpret_cast<u64>(where.host);
+  for (unsigned attempt = 0; attempt < 2; ++attempt) {
+    CodePage* page = cache_.page_for(address & page_mask);
+    if (page && page->rewritten > CodeCache::most_rewrites) return nullptr;
+    if (page && page->first_block && page->verified != epoch_) {
+      if (std::memcmp(cache_.copy_of(*page), reinterpret_cast<const void*>(page->address), page_size)) {
+        cache_.drop(*page);
+        flush_jumps();
+      }
+      page->verified = epoch_;
+    }
+    Block* block = page ? cache_.find(address, mode_.number()) : nullptr;
+    if (page && !block) {
+      if (!page->first_block) {
+        // From now on a store into the page must be noticed: no TLB entry may let one through.
+        cpu_->mmu.flush_all();
+        follow_flushes();
+        cache_.take_copy(*page);
+        page->verified = epoch_;
+      }
+      block = make_block(*page, address, mode_);
+    }
+    if (block) {
+      const unsigned slot = jump_slot(s.rip);
+      JumpCache& jumps = context_->jumps[mode_.number()];
+      jumps.minus_rip[slot] = -s.rip;
+      jumps.code[slot] = u64(block->code);
+      jumps.page_base[slot] = s.rip & page_mask;
+      if (jumps_used_count_ < std::size(jumps_used_))
+        jumps_used_[jumps_used_count_] = u16(mode_.number() * jump_entries + slot);
+      ++jumps_used_count_;
+      return block;
+    }
+    cache_.clear();
+    flush_jumps();
+  }
+  return nullptr;
+}
+
+bool Translator::step_in_block(u32 where) {
+  x86::CpuState& s = cpu_->state;
+  s.rip = context_->page_base + (where & 0xffff);
+  reference_->step(*cpu_);
+  if (where & step_and_leave) return false;
+  refresh_segments();
+  return cpu_->exit.kind == ExitKind::none && s.rip == context_->page_base + (where >> 16 & 0x7fff) && translatable() &&
+         cpu_->data_privilege == mode_.privilege && !code_dropped_ && cpu_->mmu.flush_count() == flushes_seen_ &&
+         (!mode_.vectors || vectors_allowed());
+}
+
+void Translator::run(x86::Cpu& cpu) {
+  cpu_ = &cpu;
+  cpu.exit = {};
+  cpu.code_watch = {[](void* engine, const u8* host) { static_cast<Translator*>(engine)->page_written(host); }, this};
+  context_->state = &cpu.state;
+  context_->attention = &cpu.attention;
+  context_->link_site = 0;
+  mode_.vectors = false;
+  ++epoch_;
+  flush_jumps();
+  const GsBase gs(context_);
+
+  for (;;) {
+    if (cpu.attention.load(std::memory_order_relaxed) || __atomic_load_n(cpu.immediate_exit, __ATOMIC_RELAXED)) {
+      cpu.exit.kind = ExitKind::attention;
+      return;
+    }
+    code_dropped_ = false;
+    follow_flushes();
+    const unsigned mode_before = mode_.number();
+    if (mode_.privilege != cpu.data_privilege) mode_ = {cpu.data_privilege, false};
+    const bool allowed = vectors_allowed();
+    const bool wants_vectors = context_->wants_vectors;
+    context_->wants_vectors = 0;
+    mode_.vectors = allowed && (mode_.vectors || wants_vectors);
+    const u64 link_site = mode_.number() == mode_before ? context_->link_site : 0;
+    Block* block = translatable() && (allowed || !wants_vectors) ? block_at_rip() : nullptr;
+    if (!block) {
+      context_->link_site = 0;
+      reference_->step(cpu);
+      if (cpu.exit.kind != ExitKind::none) return;
+      continue;
+    }
+    if (link_site && context_->link_site == link_site) {
+      const s32 distance = s32(block->code - (reinterpret_cast<u8*>(link_site) + 4));
+      std::memcpy(reinterpret_cast<void*>(link_site), &distance, sizeof distance);
+    }
+    context_->link_site = 0;
+    context_->page_base = cpu.state.rip & page_mask;
+    context_->enter_at = u64(block->code);
+    refresh_segments();
+    stubs_.enter[mode_.vectors](context_);
+    if (cpu.exit.kind != ExitKind::none) return;
+  }
+}
+
+}  // namespace translate
+}  // namespace anykvm::engine

@@ -1,0 +1,54 @@
+// The fast engine: same-ISA dynamic binary translation of 64-bit code; everything else goes to the reference engine.
+// See docs/translator.md.
+#pragma once
+
+#include <memory>
+
+#include "engine/engine.h"
+#include "engine/translate/code_cache.h"
+#include "engine/translate/stubs.h"
+
+namespace anykvm::engine::translate {
+
+class Translator final : public Engine {
+ public:
+  Translator();
+  ~Translator() override;
+  Translator(const Translator&) = delete;
+  Translator& operator=(const Translator&) = delete;
+
+  void run(x86::Cpu& cpu) override;
+  void step(x86::Cpu& cpu) override { reference_->step(cpu); }
+  const char* name() const override { return "translate"; }
+
+  bool step_in_block(u32 where);
+  bool fill(Gva address, u32 request);
+
+ private:
+  bool translatable() const;
+  bool vectors_allowed() const;
+  void follow_flushes();
+  void flush_tlb();
+  void flush_jumps();
+  void refresh_segments();
+  /// The block for RIP, made when there is none; nullptr where only the reference engine can go on.
+  Block* block_at_rip();
+  Block* make_block(CodePage& page, u64 address, Mode mode);
+  void page_written(const u8* host);
+
+  x86::Cpu* cpu_ = nullptr;
+  std::unique_ptr<Engine> reference_;
+  CodeCache cache_;
+  Context* context_;
+  Stubs stubs_;
+  Mode mode_{};
+  u64 epoch_ = 1;  ///< grows whenever somebody may have written code and told the guest
+  u64 flushes_seen_ = 0;
+  bool code_dropped_ = false;  ///< the block that runs may be gone
+  // What is in use, so that a flush touches only that.
+  u32 tlb_used_count_ = 0, jumps_used_count_ = 0;
+  u16 tlb_used_[2048];
+  u16 jumps_used_[4096];
+};
+
+}  // namespace anykvm::engine::translate
