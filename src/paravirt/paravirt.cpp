@@ -131,8 +131,6 @@ MsrResult Paravirt::write_msr(u32 index, u64 value, x86::Initiator initiator) {
       if (!has(KVM_FEATURE_STEAL_TIME)) break;
       if (value & KVM_STEAL_RESERVED_MASK) return MsrResult::gp;
       steal_time_ = value;
-      run_cycles_ = 0;
-      sampled_thread_ = nullptr;
       preempted_shown_ = true;  // the field is cleared at the next entry
       return MsrResult::ok;
 
@@ -159,10 +157,6 @@ MsrResult Paravirt::write_msr(u32 index, u64 value, x86::Initiator initiator) {
 // --- entry and leave ------------------------------------------------------------------------------------------------
 
 void Paravirt::on_enter() {
-  const u64 now = os::host_tsc();
-  if (running_) run_cycles_ += now - entered_tsc_;
-  running_ = true;
-  entered_tsc_ = now;
   if (clock_pending_ || clock_generation_ != clock_.generation() || clock_.drifts()) update_clock_page();
   if (wall_clock_pending_) write_wall_clock();
   if (steal_time_ & KVM_MSR_ENABLED) enter_steal_time();

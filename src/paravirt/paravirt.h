@@ -16,6 +16,7 @@
 #include <atomic>
 
 #include "irqchip/lapic.h"
+#include "os/run_delay.h"
 #include "paravirt/clock.h"
 #include "x86/cpu.h"
 #include "x86/msr.h"
@@ -32,6 +33,9 @@ class Paravirt final : private irqchip::PvEoi {
 
   /// Without it, PV EOI does nothing and the IPI hypercalls fail.
   void set_local_apic(irqchip::LocalApic& apic, irqchip::ApicBus& bus) { apic_ = &apic, bus_ = &bus; }
+
+  /// Without it, no time is stolen.
+  void set_run_delay(os::RunDelay& run_delay) { run_delay_ = &run_delay; }
 
   /// 0x11, 0x12, 0x4b564d00-0x4b564dff; IA32_TSC and TSC_ADJUST, whose writes the clock page and the APIC's timer
   /// follow (and the client's are synchronised between vCPUs).
@@ -78,7 +82,7 @@ class Paravirt final : private irqchip::PvEoi {
   void update_clock_page();
   void write_wall_clock();
   void enter_steal_time();
-  u64 stolen_since_last_sample(u64 now);
+  u64 stolen_since_last_sample();
   void set_tsc(u64 value, bool by_client);
   u64 run_hypercall(u64 number, const u64 (&arguments)[4], bool long_mode);
   u64 send_ipis(const u64 (&arguments)[4], unsigned bitmap_bits);
@@ -94,10 +98,9 @@ class Paravirt final : private irqchip::PvEoi {
   u64 system_time_ = 0, steal_time_ = 0, pv_eoi_ = 0, poll_control_ = 1;
   u32 clock_generation_ = 0;
   bool clock_pending_ = false, wall_clock_pending_ = false, guest_stopped_ = false, enforce_features_ = false;
-  // Steal time: TSC cycles in the run loop since the last sample, and the thread's CPU time at that sample.
-  bool running_ = false, preempted_shown_ = false;
-  u64 entered_tsc_ = 0, run_cycles_ = 0, sampled_cpu_ns_ = 0;
-  const void* sampled_thread_ = nullptr;
+  bool preempted_shown_ = false;
+  os::RunDelay* run_delay_ = nullptr;
+  u64 sampled_tsc_ = 0, sampled_delay_ns_ = 0;
 };
 
 }  // namespace anykvm::paravirt

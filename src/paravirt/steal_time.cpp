@@ -1,49 +1,33 @@
-// Steal time: how long the vCPU's thread wanted to run and did not.
+// Steal time: how long the vCPU's thread wanted to run and did not, in the guest or in its client.
 // Reference: Documentation/virt/kvm/x86/msr.rst, MSR_KVM_STEAL_TIME.
 //
-// KVM has the scheduler's run_delay; a process finds it in /proc, which costs a system call per entry and files that a
-// client's seccomp filter may forbid. Here it is a difference of clocks: the time spent inside the run loop, by the
-// TSC, less the CPU time of the thread, sampled at most every 10 ms. Blocking in HLT and time in the client are outside
-// the loop. CPU time that the client's code uses between two KVM_RUNs makes the sum smaller, never larger: idle time is
-// not reported as stolen.
+// As in KVM it is the scheduler's run_delay, of which the first sample is the whole since the thread began. Here a
+// sample is a system call, and so is taken at an entry, at most every 100 us.
 #include <asm/kvm_para.h>
-#include <pthread.h>
 
-#include <cstring>
-#include <ctime>
+#include <utility>
 
 #include "os/tsc.h"
 #include "paravirt/paravirt.h"
 
 namespace anykvm::paravirt {
+
 namespace {
-
-constexpr u64 sample_period_ms = 10;
-
-u64 thread_cpu_ns() {
-  timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return u64(t.tv_sec) * 1'000'000'000 + u64(t.tv_nsec);
+constexpr u64 samples_per_ms = 10;
 }
 
-}  // namespace
-
-u64 Paravirt::stolen_since_last_sample(u64 now) {
-  const u64 host_khz = os::host_tsc_khz();
-  const void* const thread = reinterpret_cast<const void*>(pthread_self());
-  if (sampled_thread_ == thread && run_cycles_ < host_khz * sample_period_ms) return 0;
-  const u64 cpu_ns = thread_cpu_ns();
-  const u64 ran_ns = u64(u128(run_cycles_) * 1'000'000 / host_khz), used_ns = cpu_ns - sampled_cpu_ns_;
-  const u64 stolen = sampled_thread_ == thread && ran_ns > used_ns ? ran_ns - used_ns : 0;
-  sampled_thread_ = thread;
-  sampled_cpu_ns_ = cpu_ns;
-  run_cycles_ = 0;
-  entered_tsc_ = now;
-  return stolen;
+u64 Paravirt::stolen_since_last_sample() {
+  const u64 now = os::host_tsc();
+  if (!run_delay_ || now - sampled_tsc_ < os::host_tsc_khz() / samples_per_ms) return 0;
+  sampled_tsc_ = now;
+  u64 delay_ns;
+  if (!run_delay_->read(delay_ns)) return 0;
+  const u64 before_ns = std::exchange(sampled_delay_ns_, delay_ns);
+  return delay_ns > before_ns ? delay_ns - before_ns : 0;  // another thread may have waited less
 }
 
 void Paravirt::enter_steal_time() {
-  const u64 stolen = stolen_since_last_sample(entered_tsc_);
+  const u64 stolen = stolen_since_last_sample();
   if (!stolen && !preempted_shown_) return;
   auto* const area = guest_memory(steal_time_ & KVM_STEAL_VALID_BITS, sizeof(kvm_steal_time));
   if (!area) return;
@@ -63,8 +47,6 @@ void Paravirt::enter_steal_time() {
 }
 
 void Paravirt::on_leave(Leave why) {
-  if (running_) run_cycles_ += os::host_tsc() - entered_tsc_;
-  running_ = false;
   // Only a vCPU that will sleep says so: an exit to the client is too short to be worth a store into guest memory.
   if (why != Leave::to_block || !(steal_time_ & KVM_MSR_ENABLED)) return;
   auto* const area = guest_memory(steal_time_ & KVM_STEAL_VALID_BITS, sizeof(kvm_steal_time));

@@ -19,6 +19,9 @@ Vcpu::Vcpu(std::shared_ptr<vm::Vm> vm, u32 id, kvm_run* run)
   if (vm_->has_local_apics()) {
     apic_ = std::make_unique<irqchip::LocalApic>(id, *this, vm_->apic_bus(), vm_->timers(), is_boot_cpu);
     paravirt_.set_local_apic(*apic_, vm_->apic_bus());
+    // Not without chips: only with them is the timer thread there before the first KVM_RUN.
+    run_delay_ = std::make_unique<os::RunDelay>(vm_->timers());
+    paravirt_.set_run_delay(*run_delay_);
   }
   mp_state_ = !apic_ || is_boot_cpu ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_UNINITIALIZED;
   tsc_offset_seen_ = cpu_.state.tsc_offset;

@@ -230,6 +230,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
 
   x86::Cpu cpu_;
   paravirt::Paravirt paravirt_;
+  std::unique_ptr<os::RunDelay> run_delay_;
   std::unique_ptr<irqchip::LocalApic> apic_;  ///< nullptr: interrupts are the client's
   std::unique_ptr<engine::Engine> engine_;
 

@@ -16,6 +16,7 @@
 #include "os/clock.h"
 #include "os/timer_queue.h"
 #include "os/tsc.h"
+#include "os/wait_for_cpu.h"
 #include "x86/fake_machine.h"
 
 namespace anykvm::paravirt {
@@ -276,25 +277,33 @@ TEST_F(Pv, StealTimeMarksABlockedVcpu) {
 }
 
 TEST_F(Pv, StealTimeCountsWhatTheThreadDidNotGet) {
+  os::TimerQueue timers;
+  os::RunDelay delay(timers);
+  v.pv.set_run_delay(delay);
   v.pv.write_msr(MSR_KVM_STEAL_TIME, 0x4041, Initiator::guest);
   auto state = [&] { return v.machine.get<kvm_steal_time>(0x4040); };
-  v.pv.on_enter();
-  sleep_ms(30);  // inside the run loop a thread that does not run has been robbed
-  v.pv.on_enter();
-  EXPECT_GE(state().steal, 25'000'000u);
-  EXPECT_LE(state().steal, 2'000'000'000u);
-  EXPECT_EQ(state().version & 1, 0u);
-  EXPECT_GE(state().version, 2u);
-
+  auto enter = [&] {
+    v.pv.on_enter();
+    v.pv.on_leave(Paravirt::Leave::to_client);
+  };
+  u64 waited = 0;
+  const u64 deadline = os::monotonic_ns() + 5'000'000'000;
+  while (!delay.read(waited) && os::monotonic_ns() < deadline) sleep_ms(1);
+  enter();
+  sleep_ms(1);
+  enter();
   const u64 before = state().steal;
-  v.pv.on_leave(Paravirt::Leave::to_block);
-  sleep_ms(30);  // asleep by its own wish
-  v.pv.on_enter();
-  v.pv.on_leave(Paravirt::Leave::to_client);
-  sleep_ms(30);
-  v.pv.on_enter();
-  v.pv.on_enter();
-  EXPECT_LE(state().steal, before + 10'000'000);
+  const u32 version = state().version;
+  test::wait_for_cpu(20'000'000);
+  enter();
+  EXPECT_GE(state().steal, before + 20'000'000);
+  EXPECT_EQ(state().version & 1, 0u);
+  EXPECT_GT(state().version, version);
+
+  const u64 robbed = state().steal;
+  sleep_ms(100);  // by its own wish
+  enter();
+  EXPECT_LT(state().steal, robbed + 90'000'000);
 }
 
 TEST_F(Pv, PvEoiNeedsAlignedRam) {
