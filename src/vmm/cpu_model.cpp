@@ -58,15 +58,20 @@ std::vector<kvm_cpuid_entry2> cpuid_of(const Kvm& kvm, unsigned id, unsigned cou
   return entries;
 }
 
-void set_firmware_state(Vcpu& vcpu) {
-  constexpr u32 mtrr_default_type = 0x2ff, misc_enable = 0x1a0, amd_hardware_configuration = 0xc001'0015;
+void set_power_on_state(Vcpu& vcpu) {
+  constexpr u32 misc_enable = 0x1a0, amd_hardware_configuration = 0xc001'0015;
   const kvm_msr_entry msrs[] = {
-      {.index = mtrr_default_type,
-       .data = 1 << 11 | 6},              // enabled, write-back: without, the guest leaves the PAT alone
-      {.index = misc_enable, .data = 1},  // fast strings
+      {.index = misc_enable, .data = 1},                       // fast strings
       {.index = amd_hardware_configuration, .data = 1 << 24},  // the TSC counts at P0's frequency
   };
   for (const kvm_msr_entry& entry : msrs) vcpu.set_msrs({&entry, 1});
+}
+
+void set_firmware_state(Vcpu& vcpu) {
+  constexpr u32 mtrr_default_type = 0x2ff;
+  // Enabled, write-back: without, the guest leaves the PAT alone.
+  const kvm_msr_entry memory_types{.index = mtrr_default_type, .data = 1 << 11 | 6};
+  vcpu.set_msrs({&memory_types, 1});
 
   // The local APIC's pins: the 8259s on LINT0 of the boot processor, NMI on LINT1 of all.
   constexpr unsigned lvt_lint0 = 0x350, lvt_lint1 = 0x360;

@@ -150,6 +150,7 @@ void Machine::create_vcpus(const Kvm& kvm, unsigned count, const LoadedKernel* k
   for (unsigned id = 0; id < count; ++id) {
     Vcpu vcpu = vm_.create_vcpu();
     vcpu.set_cpuid(cpuid_of(kvm, id, count));
+    set_power_on_state(vcpu);
     if (kernel) set_firmware_state(vcpu);
     if (kernel && id == 0) {  // the others wait for the first one's INIT and SIPI
       kvm_regs regs{};

@@ -86,7 +86,7 @@ class Session:
     """A running `anykvm boot` whose console a test reads and types on."""
 
     def __init__(self, *arguments):
-        line = [str(OPTIONS.anykvm), "boot", "--engine", "interpret", "--timeout", "120", *arguments]
+        line = [str(OPTIONS.anykvm), "boot", "--engine", OPTIONS.engine, "--timeout", "120", *arguments]
         self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.seen = b""
 
@@ -170,7 +170,9 @@ class Firmware(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    OPTIONS, rest = harness.arguments(__doc__).parse_known_args()
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--engine", default="interpret")
+    OPTIONS, rest = parser.parse_known_args()
     harness.require_tool(OPTIONS.anykvm)
     if not (IMAGES / "bios.bin").exists():
         print(f"no firmware in {IMAGES}; scripts/setup test installs it (package seabios)")

@@ -46,6 +46,7 @@ def main():
     parser = harness.arguments(__doc__)
     parser.add_argument("--guest", default="6.1")
     parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--engine", default="interpret")
     options = parser.parse_args()
     harness.require_tool(options.anykvm)
     guest = harness.Guest(options.guest)
@@ -58,8 +59,8 @@ def main():
         disk = pathlib.Path(folder) / "disk"
         disk.write_bytes(make_disk(SCRIPT, {"vmlinuz": guest.vmlinuz.read_bytes(), "initrd": initrd.read_bytes()}))
         content = hashlib.md5(disk.read_bytes()).hexdigest()
-        result = harness.run([str(options.anykvm), "boot", "--engine", "interpret", "--firmware", str(FIRMWARE), "--disk",
-                              f"{disk},ro", "--cpus", str(options.cpus), "--net", "user", "--timeout", "500"])
+        result = harness.run([str(options.anykvm), "boot", "--engine", options.engine, "--firmware", str(FIRMWARE),
+                              "--disk", f"{disk},ro", "--cpus", str(options.cpus), "--net", "user", "--timeout", "500"])
     check(result.status == 0, "the guest did not power off in good order", result)
     for stage in ("SeaBIOS (version", "GRUB is up"):
         check(stage in result.console, f"never came to '{stage}'", result)
