@@ -84,6 +84,7 @@ constexpr auto table = sorted(std::to_array<Capability>({
     {NAMED(KVM_CAP_IRQFD), constant<1>},
     {NAMED(KVM_CAP_IRQFD_RESAMPLE), constant<1>},
     {NAMED(KVM_CAP_X2APIC_API), constant<KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK>},
+    {NAMED(KVM_CAP_X86_APIC_BUS_CYCLES_NS), constant<1>},
     {NAMED(KVM_CAP_SPLIT_IRQCHIP), constant<1>},
     {NAMED(KVM_CAP_COALESCED_MMIO), constant<2>},  // the ring's page behind kvm_run
     {NAMED(KVM_CAP_COALESCED_PIO), constant<1>},
@@ -113,6 +114,9 @@ constexpr auto table = sorted(std::to_array<Capability>({
     {NAMED(KVM_CAP_DEVICE_CTRL), constant<1>},
     {NAMED(KVM_CAP_SYS_ATTRIBUTES), constant<1>},
     {NAMED(KVM_CAP_VCPU_ATTRIBUTES), constant<1>},
+    {NAMED(KVM_CAP_DISABLE_QUIRKS), constant<1>},
+    {NAMED(KVM_CAP_DISABLE_QUIRKS2), constant<vm::Vm::quirks>},
+    {NAMED(KVM_CAP_MSR_PLATFORM_INFO), constant<1>},
     {NAMED(KVM_CAP_CHECK_EXTENSION_VM), constant<1>},
     {NAMED(KVM_CAP_ENABLE_CAP), constant<1>},
     {NAMED(KVM_CAP_ENABLE_CAP_VM), constant<1>},

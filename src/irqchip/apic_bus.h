@@ -62,6 +62,15 @@ class ApicBus {
   /// KVM_CAP_X2APIC_API: 32-bit IDs in MSI routes and kvm_lapic_state; 0xff no longer broadcasts to x2APICs.
   void set_x2apic_format(bool on) { x2apic_format_.store(on, std::memory_order_relaxed); }
   bool x2apic_format() const { return x2apic_format_.load(std::memory_order_relaxed); }
+  /// KVM_CAP_X86_APIC_BUS_CYCLES_NS: of the timers' clock. Before there are APICs.
+  void set_bus_cycle_ns(u64 ns) { bus_cycle_ns_ = ns; }
+  u64 bus_cycle_ns() const { return bus_cycle_ns_; }
+  /// KVM_X86_QUIRK_LINT0_REENABLED, _LAPIC_MMIO_HOLE: the boot CPU's LINT0 is in ExtINT mode after reset; the register
+  /// page stays the APIC's while it is off or in x2APIC mode.
+  void disable_lint0_quirk() { lint0_quirk_.store(false, std::memory_order_relaxed); }
+  void disable_mmio_hole_quirk() { mmio_hole_quirk_.store(false, std::memory_order_relaxed); }
+  bool has_lint0_quirk() const { return lint0_quirk_.load(std::memory_order_relaxed); }
+  bool has_mmio_hole_quirk() const { return mmio_hole_quirk_.load(std::memory_order_relaxed); }
   void disable_broadcast_quirk() { broadcast_quirk_.store(false, std::memory_order_relaxed); }
 
  private:
@@ -96,7 +105,8 @@ class ApicBus {
   std::unique_ptr<std::atomic<LocalApic*>[]> by_id_;
   std::atomic<u32> moved_ids_{0};  ///< APICs whose xAPIC ID the guest or client has changed: no shortcut by ID then
   std::atomic<EoiSink*> eoi_sink_{nullptr};
-  std::atomic<bool> x2apic_format_{false}, broadcast_quirk_{true};
+  std::atomic<bool> x2apic_format_{false}, broadcast_quirk_{true}, lint0_quirk_{true}, mmio_hole_quirk_{true};
+  u64 bus_cycle_ns_ = 1;
 };
 
 }  // namespace anykvm::irqchip

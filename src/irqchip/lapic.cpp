@@ -51,7 +51,7 @@ void LocalApic::reset_registers() {
   pv_eoi_offered_ = false;  // the word in guest memory stays as it is: there is no interrupt to end
   set_features(features_);  // the version register
   for (unsigned i = 0; i < 6; ++i) set(Register::lvt_timer, lvt_masked, i);
-  if (is_bsp_) set(Register::lvt_lint0, lint0_ext_int);
+  if (is_bsp_ && bus_.has_lint0_quirk()) set(Register::lvt_lint0, lint0_ext_int);
   set(Register::dfr, ~0u);
   set(Register::svr, 0xff);
   set(Register::tpr, 0);
@@ -235,6 +235,8 @@ void LocalApic::set_tpr_register(u8 tpr) {
 void LocalApic::wake_if_deliverable() {
   if (deliverable() >= 0) client_.wake();
 }
+
+bool LocalApic::has_page() const { return (hardware_enabled() && !x2apic_mode()) || bus_.has_mmio_hole_quirk(); }
 
 u32 LocalApic::vapic_word() const {
   const u32 isr = static_cast<u32>(std::max(highest(Register::isr), 0));

@@ -88,7 +88,7 @@ class LocalApic {
   // --- the register page ---------------------------------------------------------------------------------------------
   /// Whether a physical address lies in the page, wherever APIC_BASE has put it. While the APIC is disabled or in
   /// x2APIC mode the page still is the APIC's: reads give ones, writes vanish (KVM_X86_QUIRK_LAPIC_MMIO_HOLE).
-  bool covers(Gpa gpa) const { return (gpa & page_mask) == (base() & page_mask); }
+  bool covers(Gpa gpa) const { return (gpa & page_mask) == (base() & page_mask) && has_page(); }
   void mmio_read(u32 offset, void* data, unsigned length);
   void mmio_write(u32 offset, const void* data, unsigned length);
 
@@ -188,6 +188,7 @@ class LocalApic {
   // Mode.
   bool hardware_enabled() const { return base() & base_enable; }
   bool x2apic_mode() const { return base() & base_x2apic; }
+  bool has_page() const;
   bool software_enabled() const { return get(Register::svr) & 0x100; }
   bool enabled() const { return hardware_enabled() && software_enabled(); }
   void change_base(u64 value);

@@ -5,6 +5,7 @@
 // what on_timer() reads together.
 #include <algorithm>
 
+#include "irqchip/apic_bus.h"
 #include "irqchip/lapic.h"
 
 namespace anykvm::irqchip {
@@ -12,7 +13,6 @@ namespace anykvm::irqchip {
 namespace {
 /// What KVM's min_timer_period_us allows a periodic timer: a guest must not keep the host busy with ticks.
 constexpr u64 min_period_ns = 200'000;
-constexpr u64 bus_cycle_ns = 1;
 }  // namespace
 
 u32 LocalApic::divisor(u32 divide_register) {
@@ -20,7 +20,10 @@ u32 LocalApic::divisor(u32 divide_register) {
   return 1u << ((code + 1) & 7);
 }
 
-u64 LocalApic::count_ns(u32 count) const { return u64{count} * bus_cycle_ns * divisor(get(Register::divide)); }
+u64 LocalApic::count_ns(u32 count) const {
+  constexpr u64 never = 1ull << 62;
+  return std::min(u64{count} * bus_.bus_cycle_ns() * divisor(get(Register::divide)), never);
+}
 
 void LocalApic::timer_expired(void* apic) { static_cast<LocalApic*>(apic)->on_timer(); }
 
@@ -81,7 +84,7 @@ u32 LocalApic::current_count() const {
   const u64 now = os::monotonic_ns(), expires = expires_ns_.load(std::memory_order_relaxed);
   u64 remaining = now < expires ? expires - now : 0;
   if (remaining == 0 && timer_mode() == TimerMode::periodic) remaining = period - (now - expires) % period;
-  return static_cast<u32>(std::min(remaining, period) / (bus_cycle_ns * divisor(get(Register::divide))));
+  return static_cast<u32>(std::min(remaining, period) / (bus_.bus_cycle_ns() * divisor(get(Register::divide))));
 }
 
 void LocalApic::timer_mode_changed(TimerMode before) {

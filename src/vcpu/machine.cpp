@@ -10,7 +10,7 @@
 namespace anykvm::vcpu {
 namespace {
 
-constexpr u32 msr_apic_base = 0x1b;
+constexpr u32 msr_apic_base = 0x1b, msr_platform_info = 0xce;
 constexpr u64 apic_base_bits =
     irqchip::LocalApic::base_bsp | irqchip::LocalApic::base_x2apic | irqchip::LocalApic::base_enable | 0xfffffffff000;
 
@@ -83,6 +83,7 @@ Vcpu::MsrResult Vcpu::write_msr(u32 index, u64 value) {
 
 /// The MSRs of the APIC and of the paravirtual devices; not_mine: those that are CPU state.
 Vcpu::MsrResult Vcpu::read_own_msr(u32 index, u64& value) {
+  if (index == msr_platform_info && vm_->hides_platform_info()) return MsrResult::gp;
   if (apic_) {
     if (const MsrResult result = apic_->read_msr(index, value); result != MsrResult::not_mine) return result;
   } else if (index == msr_apic_base) {

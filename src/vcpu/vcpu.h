@@ -101,6 +101,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   void flush_tlb_and_wait();
   /// VmClock has changed: the guest's clock page is written again before it runs on.
   void clock_changed() { wake(); }
+  void set_disabled_quirks(u64 quirks) { cpu_.disabled_quirks.store(quirks, std::memory_order_relaxed); }
   void wake() override;
   void signal_nmi() override;
   void signal_smi() override {}  ///< no system management mode: dropped, as by a kernel built without it

@@ -83,6 +83,7 @@ int Vm::create_vcpu(u32 id, kvm_run* run, std::shared_ptr<vcpu::Vcpu>& out) {
   if (std::ranges::find(vcpus_, id, &Member::id) != vcpus_.end()) return -EEXIST;
   auto vcpu = std::make_shared<vcpu::Vcpu>(shared_from_this(), id, run);
   if (vcpus_.empty()) vcpu->own_coalesced_ring();
+  vcpu->set_disabled_quirks(disabled_quirks_);
   vcpus_.push_back({id, vcpu});
   out = std::move(vcpu);
   return 0;
@@ -100,7 +101,7 @@ std::vector<std::shared_ptr<vcpu::Vcpu>> Vm::vcpus() {
 int Vm::set_boot_cpu_id(u64 id) {
   std::lock_guard lock(mutex_);
   if (!vcpus_.empty()) return -EBUSY;
-  if (id > max_vcpu_ids) return -EINVAL;
+  if (id > max_vcpu_ids_) return -EINVAL;
   boot_cpu_id_ = static_cast<u32>(id);
   return 0;
 }
@@ -279,8 +280,21 @@ int Vm::enable_cap(const kvm_enable_cap& cap) {
     case KVM_CAP_MAX_VCPU_ID:
       if (value > max_vcpu_ids || boot_cpu_id_ > value) return -EINVAL;
       if (max_vcpu_ids_set_) return max_vcpu_ids_ == value ? 0 : -EINVAL;
+      if (value == 0) return 0;
       max_vcpu_ids_ = static_cast<u32>(value);
       max_vcpu_ids_set_ = true;
+      return 0;
+    case KVM_CAP_DISABLE_QUIRKS2:
+      if (value & ~quirks) return -EINVAL;
+      [[fallthrough]];
+    case KVM_CAP_DISABLE_QUIRKS: disable_quirks(value & quirks); return 0;
+    case KVM_CAP_MSR_PLATFORM_INFO: hides_platform_info_.store(value == 0); return 0;
+    case KVM_CAP_X86_APIC_BUS_CYCLES_NS:
+      // The longest count, divided by 128, must be a number of ns.
+      if (value == 0 || value > ~0ull / (0xffffffffull * 128)) return -EINVAL;
+      if (!local_apics_.load()) return -ENXIO;
+      if (!vcpus_.empty()) return -EINVAL;
+      apic_bus_->set_bus_cycle_ns(value);
       return 0;
     case KVM_CAP_SPLIT_IRQCHIP: return create_split_irqchip(value);
     case KVM_CAP_X86_USER_SPACE_MSR:
@@ -321,6 +335,15 @@ int Vm::x86_set_msr_filter(const kvm_msr_filter& filter) {
   }
   flush_all_tlbs();  // when it returns, no vCPU reads the old one
   return 0;
+}
+
+/// With mutex_ held.
+void Vm::disable_quirks(u64 disabled) {
+  disabled_quirks_ |= disabled;
+  if (disabled & KVM_X86_QUIRK_LINT0_REENABLED) apic_bus_->disable_lint0_quirk();
+  if (disabled & KVM_X86_QUIRK_LAPIC_MMIO_HOLE) apic_bus_->disable_mmio_hole_quirk();
+  for (const Member& member : vcpus_)
+    if (const std::shared_ptr<vcpu::Vcpu> vcpu = member.vcpu.lock()) vcpu->set_disabled_quirks(disabled_quirks_);
 }
 
 int Vm::get_stats_fd() {

@@ -44,6 +44,11 @@ class Vm : public std::enable_shared_from_this<Vm> {
  public:
   /// KVM_MAX_VCPUS and KVM_MAX_VCPU_IDS of a kernel.
   static constexpr u32 max_vcpus = 1024, max_vcpu_ids = 4096;
+  /// KVM_X86_QUIRK_* that can be turned off: those whose other side is here, and two about caches of the kernel's that
+  /// nothing here has.
+  static constexpr u64 quirks = KVM_X86_QUIRK_LINT0_REENABLED | KVM_X86_QUIRK_LAPIC_MMIO_HOLE |
+                                KVM_X86_QUIRK_FIX_HYPERCALL_INSN | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS |
+                                KVM_X86_QUIRK_CD_NW_CLEARED | KVM_X86_QUIRK_SLOT_ZAP_ALL;
 
   /// KVM_CREATE_VM. type must be 0 (KVM_X86_DEFAULT_VM): EINVAL.
   static int create(unsigned long type, std::shared_ptr<Vm>& out);
@@ -115,6 +120,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
   const MsrFilter* msr_filter() const { return msr_filter_.load(std::memory_order_acquire); }
   /// nullptr: none. Good while the caller is in guest mode.
   const CoalescedZones* coalesced_zones() const { return coalesced_.load(std::memory_order_acquire); }
+  bool hides_platform_info() const { return hides_platform_info_.load(std::memory_order_relaxed); }
   bool halts_in_guest() const { return halts_in_guest_.load(std::memory_order_relaxed); }
   bool exits_on_emulation_failure() const { return exits_on_emulation_failure_.load(std::memory_order_relaxed); }
   bool is_boot_cpu(u32 id) const { return id == boot_cpu_id_; }
@@ -135,6 +141,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
   };
   void flush_all_tlbs();
   irqchip::Pit* pit();
+  void disable_quirks(u64 quirks);
   int create_split_irqchip(u64 reserved_pins);
   template <class Change>
   int change_coalesced_zones(Change change);
@@ -154,13 +161,14 @@ class Vm : public std::enable_shared_from_this<Vm> {
   std::vector<Member> vcpus_;
   std::mutex stats_mutex_;
   VmStats stats_;
+  u64 disabled_quirks_ = 0;  ///< KVM_X86_QUIRK_*
   u32 boot_cpu_id_ = 0;
   u32 max_vcpu_ids_ = max_vcpu_ids;
   bool max_vcpu_ids_set_ = false;
   std::atomic<u32> default_tsc_khz_;
   std::atomic<bool> exception_payload_{false}, triple_fault_event_{false};
   std::atomic<u64> hypercall_exits_{0};
-  std::atomic<bool> halts_in_guest_{false}, exits_on_emulation_failure_{false};
+  std::atomic<bool> hides_platform_info_{false}, halts_in_guest_{false}, exits_on_emulation_failure_{false};
   std::unique_ptr<const MsrFilter> msr_filter_owner_;  ///< under mutex_
   std::atomic<const MsrFilter*> msr_filter_{nullptr};
   std::unique_ptr<const CoalescedZones> coalesced_owner_;  ///< under mutex_

@@ -109,8 +109,8 @@ inline void copy_host(void* to, const void* from, unsigned size) {
 inline bool canonical(u64 address) { return u64(s64(address << 16) >> 16) == address; }
 inline bool canonical57(u64 address) { return u64(s64(address << 7) >> 7) == address; }
 
-/// How an engine that keeps translations of guest code learns that a page may be written: called when the TLB is about to
-/// let stores to the page at `host` through. An engine that has just translated from a page flushes the TLB.
+/// How an engine that keeps translations of guest code learns that a page may be written: called when the TLB is about
+/// to let stores to the page at `host` through. An engine that has just translated from a page flushes the TLB.
 struct CodeWatch {
   void (*written)(void* engine, const u8* host) = nullptr;
   void* engine = nullptr;
@@ -126,6 +126,9 @@ class Cpu {
   std::atomic<u32> attention{0};
   /// struct kvm_run's immediate_exit; an engine looks at it at least once per taken branch. Never null.
   const volatile u8* immediate_exit;
+
+  /// KVM_X86_QUIRK_* that the client has turned off. Any thread may set it.
+  std::atomic<u64> disabled_quirks{0};
 
   CpuState state;
   Cpuid cpuid;  ///< what KVM_SET_CPUID2 gave it; feature checks ask this

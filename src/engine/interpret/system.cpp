@@ -1,5 +1,7 @@
 // System instructions: control and debug registers, descriptor tables, MSRs, CPUID, time, interrupts flags, TLB
 // control.
+#include <cstring>
+
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
 
@@ -328,7 +330,30 @@ Result clear_line(Context& c, const Instruction& i) {
   return c.cpu.write(gva, zeros, sizeof zeros);
 }
 
-Result hypercall(Context& c, const Instruction&) { return c.cpu.machine.hypercall(); }
+/// The other vendor's hypercall becomes the CPU's own, in the guest's code, as KVM has it (KVM_X86_QUIRK_FIX_
+/// HYPERCALL_INSN); where that cannot be written to, it works all the same.
+Result hypercall(Context& c, x86::Vendor foreign_to, const u8 (&own)[3]) {
+  x86::Cpu& cpu = c.cpu;
+  if (cpu.cpuid.vendor() == foreign_to) {
+    if (cpu.disabled_quirks.load(std::memory_order_relaxed) & KVM_X86_QUIRK_FIX_HYPERCALL_INSN) return cpu.ud();
+    const u64 base = cpu.state.code_bits == 64 ? 0 : cpu.state.segment[x86::cs].base;
+    x86::Operand code;
+    if (cpu.open_operand(base + cpu.state.rip, sizeof own, x86::Cpu::Use::write, code) == Result::ok && !code.bounced)
+      std::memcpy(code.host, own, sizeof own);
+  }
+  return cpu.machine.hypercall();
+}
+Result vmcall(Context& c, const Instruction&) { return hypercall(c, x86::Vendor::amd, {0x0f, 0x01, 0xd9}); }
+Result vmmcall(Context& c, const Instruction&) { return hypercall(c, x86::Vendor::intel, {0x0f, 0x01, 0xc1}); }
+
+/// MONITOR and MWAIT: no wait, as KVM without the host's MWAIT. A guest without the feature is spared #UD, unless its
+/// client wants it (KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS).
+Result monitor_or_wait(Context& c, const Instruction&) {
+  const bool offered = c.cpu.cpuid.word(x86::CpuidWord::leaf1_ecx) >> 3 & 1;
+  const u64 quirks = c.cpu.disabled_quirks.load(std::memory_order_relaxed);
+  if (c.cpu.state.cpl != 0 || (!offered && quirks & KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)) return c.cpu.ud();
+  return Result::ok;
+}
 
 /// MOV to and from CRn, DRn: selector is the system register, immediate the general one.
 Handler select_control_move(const Decoded& d, Instruction& out) {
@@ -396,8 +421,10 @@ Handler select_system(const Decoded& d, Instruction& out) {
     case ZYDIS_MNEMONIC_CLWB: return flush_line;
     case ZYDIS_MNEMONIC_CLDEMOTE: return no_operation;
     case ZYDIS_MNEMONIC_CLZERO: return clear_line;
-    case ZYDIS_MNEMONIC_VMCALL:
-    case ZYDIS_MNEMONIC_VMMCALL: return hypercall;
+    case ZYDIS_MNEMONIC_VMCALL: return vmcall;
+    case ZYDIS_MNEMONIC_VMMCALL: return vmmcall;
+    case ZYDIS_MNEMONIC_MONITOR:
+    case ZYDIS_MNEMONIC_MWAIT: return monitor_or_wait;
     default: return nullptr;
   }
 }
