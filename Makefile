@@ -2,7 +2,7 @@
 PRESET ?= release
 BUILD = build/$(PRESET)
 
-.PHONY: help run build test bench asan tsan fuzz fuzz-ioctl fuzz-guest fuzz-loader format clean packages guests selftests
+.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-ioctl fuzz-guest fuzz-loader format clean packages guests selftests
 
 help:
 	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
@@ -13,6 +13,7 @@ help:
 	@echo "make tsan     the unit tests under the thread sanitizer"
 	@echo "make selftests  the kernel's own KVM selftests on the engine, into docs/selftests.md"
 	@echo "make fuzz     fuzz the ioctls, guest code and the loader, FUZZ_TIME seconds each (fuzz-ioctl, fuzz-guest: one of them)"
+	@echo "make fuzz-system  system instructions and modes against QEMU's TCG (SEED, ROUNDS)"
 	@echo "make format   clang-format over the sources"
 	@echo "make clean    remove build/ (cache/, the fetched guests, stays)"
 
@@ -57,6 +58,12 @@ fuzz:
 	@scripts/fuzz $(FUZZ_TIME)
 fuzz-ioctl fuzz-guest fuzz-loader: fuzz-%:
 	@scripts/fuzz $(FUZZ_TIME) $*
+
+# System instructions, gates, tasks and modes against QEMU's TCG, with tests that no run before has had.
+fuzz-system: packages $(BUILD)/build.ninja
+	@scripts/setup test
+	@cmake --build $(BUILD) --target oracle_tests
+	@ANYKVM_ORACLE_SEED=$${SEED:-$$(date +%s)} ANYKVM_ORACLE_ROUNDS=$${ROUNDS:-200} $(BUILD)/bin/oracle_tests
 
 bench: packages build guests
 	@scripts/setup bench

@@ -302,6 +302,7 @@ class Cpu {
  private:
   Result read_slow(Gva gva, void* data, unsigned size, Privilege privilege);
   Result write_slow(Gva gva, const void* data, unsigned size, Privilege privilege);
+  Result iret_itself(unsigned operand_bytes, u64 next_rip);
   Result linear_legacy(SegmentName segment, u64 offset, unsigned size, Access access, Gva& out);
   Result open_operand_slow(Use use, Operand& operand);
   void commit_operand(Operand& operand);

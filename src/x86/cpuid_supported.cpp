@@ -64,8 +64,8 @@ constexpr u32 provided(CpuidWord word) {
     case CpuidWord::leaf7_ecx: return bits({umip, rdpid});
     case CpuidWord::leaf7_edx: return bits({arch_capabilities});
     case CpuidWord::ext1_edx: return bits({syscall, nx, gbpages, rdtscp, long_mode});
-    // SRSO_NO: a guest's returns are the engine's, the host's return predictor learns nothing from them. Without the bit
-    // Linux warns and turns its mitigation on.
+    // SRSO_NO: a guest's returns are the engine's, the host's return predictor learns nothing from them. Without the
+    // bit Linux warns and turns its mitigation on.
     case CpuidWord::ext21_eax: return 1u << 9 /* no SMM_CTL MSR */ | 1u << 29 /* SRSO_NO */;
     default: return 0;
   }

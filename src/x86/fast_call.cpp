@@ -1,7 +1,7 @@
 // SYSCALL, SYSRET, SYSENTER, SYSEXIT.
 // Reference: AMD64 manual volume 3 (SYSCALL, SYSRET: also their compatibility and legacy mode forms, which Intel does
-// not have; SYSRET to a non-canonical RCX faults at the target, at CPL 3); Intel SDM volume 2 (SYSENTER, SYSEXIT,
-// which AMD does not have in long mode).
+// not have; SYSRET to a non-canonical RCX faults at the target, at CPL 3, where Intel's faults before); Intel SDM
+// volume 2 (SYSENTER, SYSEXIT, which AMD does not have in long mode). The guest's CPUID says which vendor's it sees.
 #include "x86/descriptors.h"
 
 namespace anykvm::x86 {
@@ -9,6 +9,7 @@ namespace anykvm::x86 {
 Result Cpu::syscall(u64 next_rip) {
   CpuState& s = state;
   if (!(s.msr.efer & efer::sce) || !s.protected_mode()) return ud();
+  if (s.code_bits != 64 && cpuid.vendor() == Vendor::intel) return ud();
   const u16 selector = u16(s.msr.star >> 32) & 0xfffc;
   if (s.long_mode()) {
     const u64 flags = s.rflags() & ~flag::rf;
@@ -30,7 +31,9 @@ Result Cpu::syscall(u64 next_rip) {
 Result Cpu::sysret(unsigned operand_bytes) {
   CpuState& s = state;
   if (!(s.msr.efer & efer::sce)) return ud();
+  if (s.code_bits != 64 && cpuid.vendor() == Vendor::intel) return ud();
   if (!s.protected_mode() || s.cpl != 0) return gp();
+  if (operand_bytes == 8 && cpuid.vendor() == Vendor::intel && !canonical(s.gpr[rcx])) return gp();
   const u16 base = u16(s.msr.star >> 48);
   const bool to_long = operand_bytes == 8;
   s.rip = to_long ? s.gpr[rcx] : u32(s.gpr[rcx]);

@@ -117,17 +117,21 @@ void commit_return(Cpu& cpu, const Target& target) {
 }  // namespace
 
 Result Cpu::iret(unsigned operand_bytes, u64 next_rip) {
+  const Result result = iret_itself(operand_bytes, next_rip);
+  // An IRET that faults lets NMIs in all the same.
+  if (result != Result::exit) unmask_nmi(*this);
+  return result;
+}
+
+Result Cpu::iret_itself(unsigned operand_bytes, u64 next_rip) {
   if (!state.protected_mode() || state.v86()) {
-    ANYKVM_TRY(return_real(*this, operand_bytes));
-    unmask_nmi(*this);
-    return Result::ok;
+    return return_real(*this, operand_bytes);
   }
   if (state.other_flags & flag::nt) {
     if (state.long_mode()) return gp();
     u16 link;
     ANYKVM_TRY(read_as(u32(state.tr.base), &link, 2, system_privilege));
     ANYKVM_TRY(switch_task(*this, {.cause = TaskSwitch::Cause::iret, .selector = link, .return_rip = next_rip}));
-    unmask_nmi(*this);
     return Result::ok;
   }
   Stack stack(*this);
@@ -136,9 +140,7 @@ Result Cpu::iret(unsigned operand_bytes, u64 next_rip) {
   ANYKVM_TRY(stack.pop(selector, operand_bytes));
   ANYKVM_TRY(stack.pop(flags, operand_bytes));
   if (operand_bytes == 4 && flags & flag::vm && state.cpl == 0 && !state.long_mode()) {
-    ANYKVM_TRY(return_to_v86(*this, stack, ip, u16(selector), flags));
-    unmask_nmi(*this);
-    return Result::ok;
+    return return_to_v86(*this, stack, ip, u16(selector), flags);
   }
   Target target;
   ANYKVM_TRY(prepare_return(*this, stack, ip, u16(selector), state.code_bits == 64, operand_bytes, 0, target));
@@ -146,7 +148,6 @@ Result Cpu::iret(unsigned operand_bytes, u64 next_rip) {
   commit_return(*this, target);
   update_mode();
   write_rflags(flags, mask);
-  unmask_nmi(*this);
   return Result::ok;
 }
 

@@ -47,8 +47,8 @@ Task parse(const u8* image, bool wide) {
   } else {
     task.eip = at<u16>(image, 0x0e);
     task.eflags = at<u16>(image, 0x10);
-    // The upper halves are ones; FS and GS, which the 80286 did not have, are null.
-    for (unsigned i = 0; i < 8; ++i) task.gpr[i] = 0xffff0000 | at<u16>(image, 0x12 + 2 * i);
+    // What the 80286 did not have: the upper halves stay, FS and GS are null.
+    for (unsigned i = 0; i < 8; ++i) task.gpr[i] = at<u16>(image, 0x12 + 2 * i);
     for (unsigned i = 0; i < 4; ++i) task.segment[i] = at<u16>(image, 0x22 + 2 * i);
     task.ldt = at<u16>(image, 0x2a);
   }
@@ -145,9 +145,9 @@ Result load_segments(Cpu& cpu, const Task& task, u32 ext) {
   ANYKVM_TRY(load_ldt(cpu, task.ldt, ext));
   if (s.v86()) return Result::ok;
   const u8 cpl = task.segment[cs] & 3;
+  ANYKVM_TRY(load_task_code(cpu, task.segment[cs], ext));
   ANYKVM_TRY(load_task_stack(cpu, task.segment[ss], cpl, ext));
   for (SegmentName name : {ds, es, fs, gs}) ANYKVM_TRY(load_task_data(cpu, name, task.segment[name], cpl, ext));
-  ANYKVM_TRY(load_task_code(cpu, task.segment[cs], ext));
   return Result::ok;
 }
 
@@ -160,9 +160,10 @@ Result commit(Cpu& cpu, const Task& task, bool wide, bool nested) {
     cpu.enter_address_space(true);
   }
   s.rip = task.eip;
-  constexpr u64 loaded = 0x3f7fd7;  // the defined bits
-  s.set_rflags((task.eflags & loaded) | flag::fixed1 | (nested ? flag::nt : 0));
-  for (unsigned i = 0; i < 8; ++i) s.gpr[i] = task.gpr[i];
+  constexpr u64 loaded = 0x3f7fd7;                                                         // the defined bits
+  const u64 kept = wide ? 0 : s.rflags() & (flag::ac | flag::vif | flag::vip | flag::id);  // as of the upper halves
+  s.set_rflags((task.eflags & loaded) | kept | flag::fixed1 | (nested ? flag::nt : 0));
+  for (unsigned i = 0; i < 8; ++i) s.gpr[i] = wide ? task.gpr[i] : (s.gpr[i] & 0xffff0000) | task.gpr[i];
   for (unsigned i = 0; i < 6; ++i)
     s.segment[i] = s.v86() ? v86_segment(task.segment[i]) : null_segment(task.segment[i], task.segment[cs] & 3);
   if (!s.v86()) {

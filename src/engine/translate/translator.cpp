@@ -93,8 +93,8 @@ bool Translator::vectors_allowed() const {
 
 bool Translator::translatable() const {
   const x86::CpuState& s = cpu_->state;
-  return s.code_bits == 64 && !(s.other_flags & x86::flag::tf) && !s.event.shadow && !cpu_->debug_watch &&
-         cpu_->data_privilege != x86::Privilege::user_aligned;
+  return s.code_bits == 64 && !(s.other_flags & (x86::flag::tf | x86::flag::rf)) && !s.event.shadow &&
+         !cpu_->debug_watch && cpu_->data_privilege != x86::Privilege::user_aligned;
 }
 
 void Translator::flush_tlb() {
