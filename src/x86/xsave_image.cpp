@@ -93,6 +93,7 @@ void kvm_to_fpu(FpuState& fpu, const kvm_fpu& in) {
   std::memcpy(fpu.x87 + 2, &in.fsw, 2);
   fpu.x87[4] = in.ftwx;
   fpu.x87[5] = 0;
+  settle_x87_words(fpu);
   std::memcpy(fpu.x87 + 6, &in.last_opcode, 2);
   std::memcpy(fpu.x87 + 8, &in.last_ip, 8);
   std::memcpy(fpu.x87 + 16, &in.last_dp, 8);

@@ -148,9 +148,21 @@ void store_x87_control(const FpuState& fpu, bool wide, u8* out) {
 void load_x87_control(FpuState& fpu, bool wide, const u8* in) {
   std::memcpy(fpu.x87, in, x87_control_size);
   fpu.x87[5] = 0;  // reserved, next to the abridged tag word
+  settle_x87_words(fpu);
   if (wide) return;
   std::memset(fpu.x87 + 12, 0, 4);
   std::memset(fpu.x87 + 20, 0, 4);
+}
+
+void settle_x87_words(FpuState& fpu) {
+  u16 control, status;
+  std::memcpy(&control, fpu.x87, 2);
+  std::memcpy(&status, fpu.x87 + 2, 2);
+  control = (control & 0x1f3f) | 0x40;
+  const bool waits = status & ~control & 0x3f;
+  status = (status & 0x7f7f) | (waits ? 0x8080 : 0);
+  std::memcpy(fpu.x87, &control, 2);
+  std::memcpy(fpu.x87 + 2, &status, 2);
 }
 
 void init_x87(FpuState& fpu) {

@@ -16,6 +16,9 @@ void load_component(FpuState& fpu, unsigned index, unsigned vectors, const u8* i
 /// x87 control words: 24 bytes. `wide`: 64-bit instruction and data pointers (REX.W).
 void store_x87_control(const FpuState& fpu, bool wide, u8* out);
 void load_x87_control(FpuState& fpu, bool wide, const u8* in);
+/// What the processor does to the control and status words that it loads: bits which nothing can change, and ES and B,
+/// which say whether an unmasked exception waits.
+void settle_x87_words(FpuState& fpu);
 void init_x87(FpuState& fpu);
 
 }  // namespace anykvm::x86

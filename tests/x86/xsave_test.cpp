@@ -160,6 +160,25 @@ TEST_F(XsaveArea, FxsaveMatchesTheHost) {
   }
 }
 
+TEST_F(XsaveArea, LoadedControlAndStatusWordsAreTheHosts) {
+  Area area = random_area(0);
+  for (int i = 0; i < 200; ++i) {
+    const u16 words[] = {u16(random()), u16(random())};
+    std::memcpy(area.bytes, words, sizeof words);
+    Area out;
+    host_run(area, out, 0, 0, Form::fxsave);
+    to_guest(in_gpa, area);
+    ASSERT_EQ(cpu.fxrstor(in_gva, true), Result::ok);
+    EXPECT_EQ(std::memcmp(cpu.state.fpu.x87, out.bytes, 4), 0) << std::hex << words[0] << ' ' << words[1];
+    kvm_fpu legacy{};
+    legacy.fcw = words[0];
+    legacy.fsw = words[1];
+    FpuState fpu;
+    kvm_to_fpu(fpu, legacy);
+    EXPECT_EQ(std::memcmp(fpu.x87, out.bytes, 4), 0) << std::hex << words[0] << ' ' << words[1];
+  }
+}
+
 TEST_F(XsaveArea, RestoresRefuseBadHeaders) {
   const u64 all = cpu.state.xcr0;
   auto refused = [&](unsigned offset, u64 value, bool supervisor = false) {
