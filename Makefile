@@ -44,7 +44,7 @@ asan: packages guests
 	@$(MAKE) PRESET=asan build
 	@ctest --test-dir build/asan --output-on-failure --no-tests=error -j $$(nproc)
 
-# Some five minutes; the first time also a download of 150 MB and a minute of building.
+# Some ten minutes; the first time also a download of 150 MB and a minute of building.
 selftests: packages build
 	@scripts/setup selftests
 	@scripts/kvm-selftests --table docs/selftests.md
