@@ -2,6 +2,8 @@
 // newer, its own definitions stand.
 #pragma once
 
+#include "anykvm/kvm.h"
+
 #ifndef KVM_SET_USER_MEMORY_REGION2
 #define KVM_CAP_USER_MEMORY2 231
 struct kvm_userspace_memory_region2 {

@@ -113,6 +113,17 @@ Unit unit_of(const Decoded& d) {
   if (mask) return Unit::avx512;
   if (d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX && vector) return Unit::avx;
   if (mmx || d.instruction.meta.isa_ext == ZYDIS_ISA_EXT_MMX) return Unit::mmx;
+  switch (d.mnemonic()) {  // from memory to a general register, rounded as MXCSR says
+    case ZYDIS_MNEMONIC_CVTSS2SI:
+    case ZYDIS_MNEMONIC_CVTSD2SI:
+    case ZYDIS_MNEMONIC_CVTTSS2SI:
+    case ZYDIS_MNEMONIC_CVTTSD2SI: return Unit::sse;
+    case ZYDIS_MNEMONIC_VCVTSS2SI:
+    case ZYDIS_MNEMONIC_VCVTSD2SI:
+    case ZYDIS_MNEMONIC_VCVTTSS2SI:
+    case ZYDIS_MNEMONIC_VCVTTSD2SI: return Unit::avx;
+    default: break;
+  }
   if (vector) return Unit::sse;
   if (d.instruction.meta.isa_ext == ZYDIS_ISA_EXT_X87) return Unit::x87;
   return Unit::integer;
