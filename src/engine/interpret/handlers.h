@@ -37,6 +37,9 @@ Handler select_state(const Decoded&, Instruction&);    ///< FXSAVE, XSAVE ..., X
 Handler select_masked(const Decoded&, Instruction&);   ///< MASKMOV, VMASKMOV, VPMASKMOV, gathers
 Handler select_native(const Decoded&, Instruction&, std::span<u8> code);  ///< everything the host CPU executes for us
 
+/// A string instruction's source segment, which a prefix may override; ES:rDI cannot be.
+x86::SegmentName source_segment(const Decoded&);
+
 x86::Result undefined(Context&, const Instruction&);  ///< raises #UD
 x86::Result no_operation(Context&, const Instruction&);
 

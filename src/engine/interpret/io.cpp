@@ -160,11 +160,7 @@ Handler select_io(const Decoded& d, Instruction& out_) {
     case ZYDIS_MNEMONIC_OUTSD: out_.operand_bytes = 4; break;
     default: return nullptr;
   }
-  if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_SEGMENT_ES) out_.segment = x86::es;
-  if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_SEGMENT_CS) out_.segment = x86::cs;
-  if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_SEGMENT_SS) out_.segment = x86::ss;
-  if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_SEGMENT_FS) out_.segment = x86::fs;
-  if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_SEGMENT_GS) out_.segment = x86::gs;
+  out_.segment = source_segment(d);
   return out_string;
 }
 

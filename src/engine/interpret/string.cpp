@@ -192,7 +192,8 @@ Result scan_string(Context& c, const Instruction& i) {
   });
 }
 
-/// The source operand's segment, which a prefix may override; ES:rDI cannot be.
+}  // namespace
+
 x86::SegmentName source_segment(const Decoded& d) {
   if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_SEGMENT_ES) return x86::es;
   if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_SEGMENT_CS) return x86::cs;
@@ -201,8 +202,6 @@ x86::SegmentName source_segment(const Decoded& d) {
   if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_SEGMENT_GS) return x86::gs;
   return x86::ds;
 }
-
-}  // namespace
 
 Handler select_string(const Decoded& d, Instruction& out) {
   if (d.instruction.meta.category != ZYDIS_CATEGORY_STRINGOP) return nullptr;
