@@ -22,6 +22,10 @@ class Engine {
   /// signal or an interrupt in, as KVM does.
   virtual void step(x86::Cpu& cpu) = 0;
 
+  /// A host fault has unwound run() or step(), which can put nothing back in order themselves then: do it now, on the
+  /// same thread.
+  virtual void abandon() {}
+
   virtual const char* name() const = 0;
 
   /// Whether this is the host's address of guest code that the engine lets the host CPU execute. Async-signal-safe.

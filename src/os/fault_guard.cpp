@@ -33,12 +33,14 @@ struct Guard {
   bool (*accepts)(void*, const void*);
   void* arg;
   Guard* outer;
+  const FaultRecovery* recovery;  ///< in force outside
 };
 
 static_assert(offsetof(Guard, stack) == 0 && offsetof(Guard, mxcsr) == 8 && offsetof(Guard, x87_control) == 12);
 
 /// initial-exec: reached without __tls_get_addr, which may allocate.
 [[gnu::tls_model("initial-exec")]] constinit thread_local Guard* innermost = nullptr;
+[[gnu::tls_model("initial-exec")]] constinit thread_local const FaultRecovery* innermost_recovery = nullptr;
 
 constexpr int handled_signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 }  // namespace
@@ -136,6 +138,7 @@ bool unwind_guard(int signal, siginfo_t* info, mcontext_t& machine) {
     __asan_handle_no_return();
 #endif
     innermost = guard->outer;
+    innermost_recovery = guard->recovery;
     machine.gregs[REG_RSP] = static_cast<greg_t>(guard->stack);
     machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(anykvm_guard_landing);
     machine.gregs[REG_EFL] &= ~disturbing_flags;
@@ -153,6 +156,7 @@ bool on_fault(int signal, siginfo_t* info, void* context) {
     machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(anykvm_user_copy_fault);
     return true;
   }
+  if (innermost_recovery && (*innermost_recovery)(context)) return true;
   return unwind_guard(signal, info, machine);
 }
 
@@ -171,6 +175,14 @@ void install() {
 
 }  // namespace
 
+FaultRecovery::FaultRecovery(Recover recover, void* arg) : recover_(recover), arg_(arg), outer_(innermost_recovery) {
+  install_fault_handlers();
+  std::atomic_signal_fence(std::memory_order_release);
+  innermost_recovery = this;
+}
+
+FaultRecovery::~FaultRecovery() { innermost_recovery = outer_; }
+
 void install_fault_handlers() {
   if (installed.load(std::memory_order_acquire) != 2) [[unlikely]]
     install();
@@ -183,6 +195,7 @@ bool run_guarded(void (*f)(void*), void* arg, HostFaults catches, bool (*accepts
   guard.accepts = accepts;
   guard.arg = arg;
   guard.outer = innermost;
+  guard.recovery = innermost_recovery;
   innermost = &guard;
 #if defined(__SANITIZE_THREAD__)
   // The sanitizer keeps a call stack of its own, which only longjmp() cuts back to what it is here.

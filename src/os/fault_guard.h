@@ -1,6 +1,6 @@
 // Host faults that are not bugs: guest RAM that the client has unmapped or protected, a bad pointer in an ioctl. A
-// process-wide handler for SIGSEGV, SIGBUS, SIGFPE and SIGILL unwinds the guarded call that met one; every other fault goes to
-// whoever handled it before, or kills the process as if the handler were not there.
+// process-wide handler for SIGSEGV, SIGBUS, SIGFPE and SIGILL unwinds the guarded call that met one; every other fault
+// goes to whoever handled it before, or kills the process as if the handler were not there.
 #pragma once
 
 namespace anykvm::os {
@@ -27,5 +27,25 @@ void install_fault_handlers();
 /// taken for ours.
 bool run_guarded(void (*f)(void*), void* arg, HostFaults catches = HostFaults::memory,
                  bool (*accepts)(void* arg, const void* address) = nullptr);
+
+/// Machine code that this thread runs and knows how to leave at any instruction. `recover` is asked in the signal
+/// handler about each SIGSEGV, SIGBUS, SIGFPE and SIGILL of the thread, before any guard: it may change the ucontext_t
+/// so that the thread goes on elsewhere, and return true. The innermost is asked. A guard that unwinds also ends those
+/// that began inside it.
+class FaultRecovery {
+ public:
+  using Recover = bool (*)(void* arg, void* ucontext);
+  FaultRecovery(Recover recover, void* arg);
+  ~FaultRecovery();
+  FaultRecovery(const FaultRecovery&) = delete;
+  FaultRecovery& operator=(const FaultRecovery&) = delete;
+
+  bool operator()(void* ucontext) const { return recover_(arg_, ucontext); }
+
+ private:
+  Recover recover_;
+  void* arg_;
+  const FaultRecovery* outer_;
+};
 
 }  // namespace anykvm::os

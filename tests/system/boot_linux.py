@@ -43,13 +43,14 @@ def main():
     parser = harness.arguments(__doc__)
     parser.add_argument("--guest", default="6.1")
     parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--engine", default="interpret")
     parser.add_argument("--format", choices=["bzimage", "pvh"], default="bzimage")
     options = parser.parse_args()
     harness.require_tool(options.anykvm)
     guest = harness.Guest(options.guest)
     kernel = guest.vmlinux if options.format == "pvh" else guest.vmlinuz
 
-    result = harness.boot(options.anykvm, guest, TASK, kernel=kernel, cpus=options.cpus)
+    result = harness.boot(options.anykvm, guest, TASK, kernel=kernel, cpus=options.cpus, engine=options.engine)
     check(result.section("cpus").strip() == str(options.cpus), f"not {options.cpus} CPUs came up", result)
     result.section("end")
     harness.check_kernel_log(result)

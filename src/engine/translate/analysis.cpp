@@ -14,8 +14,6 @@ bool has_own_handler(ZydisMnemonic mnemonic) {
     case ZYDIS_MNEMONIC_STD:
     case ZYDIS_MNEMONIC_CLI:
     case ZYDIS_MNEMONIC_STI:
-    case ZYDIS_MNEMONIC_DIV:
-    case ZYDIS_MNEMONIC_IDIV:
     case ZYDIS_MNEMONIC_XLAT:
     case ZYDIS_MNEMONIC_LDMXCSR:
     case ZYDIS_MNEMONIC_STMXCSR:

@@ -58,7 +58,7 @@ bool flags_dead_at(const u8* page, s64 offset) {
 class Translation {
  public:
   Translation(const BlockRequest& request, u8* at, u8* end) : request_(request), a_(at, end) {}
-  u8* run();
+  BlockCode run();
 
  private:
   /// How a guest address is computed: again in the cold part.
@@ -458,8 +458,9 @@ void Translation::emit(unsigned n) {
     }
     case Kind::leave:
       check({.base = x86::rbp}, 8, false, n, g.flags_live);
+      a_.load_from(address_scratch, address_scratch, 0);
       a_.lea(guest_rsp, x86::rbp, -1, 0, 8);
-      a_.load_from(x86::rbp, address_scratch, 0);
+      a_.move(x86::rbp, address_scratch);
       break;
     case Kind::jump: link(branch_target(g), exit_flags_live_, n); break;
     case Kind::jump_if: {
@@ -537,20 +538,27 @@ void Translation::emit_cold(const Cold& cold) {
   }
 }
 
-u8* Translation::run() {
+BlockCode Translation::run() {
   collect();
+  u8* const begin = a_.here();
   for (unsigned n = 0; n < count_; ++n) {
     emit(n);
     after_[n] = a_.here();
   }
   if (falls_through_) link(guests_[count_ - 1].next, exit_flags_live_, count_ - 1);
   for (unsigned n = 0; n < cold_count_; ++n) emit_cold(cold_[n]);
-  return a_.overflowed() || out_of_room_ ? nullptr : a_.here();
+  const u32 code_bytes = u32(a_.here() - begin);
+  for (unsigned n = 0; n < count_; ++n) {
+    const PlaceInBlock place{u16((n ? after_[n - 1] : begin) - begin), guests_[n].offset};
+    a_.dword(place.code | u32(place.offset) << 16);
+  }
+  if (a_.overflowed() || out_of_room_) return {};
+  return {a_.here(), code_bytes, count_};
 }
 
 }  // namespace
 
-u8* translate_block(const BlockRequest& request, u8* at, u8* end) {
+BlockCode translate_block(const BlockRequest& request, u8* at, u8* end) {
   Translation translation(request, at, end);
   return translation.run();
 }

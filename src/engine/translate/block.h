@@ -10,12 +10,19 @@ struct BlockRequest {
   const u8* page;   ///< host address of the page of guest code
   unsigned offset;  ///< of the first instruction
   Mode mode;
-  bool vectors_allowed;  ///< CR0, CR4, XCR0 and MXCSR let vector instructions run; else the reference engine decides
+  bool vectors_allowed;  ///< CR0, CR4 and XCR0 let vector instructions run; else the reference engine decides
   const Stubs* stubs;
   CodeCache* cache;  ///< where direct jumps in the page may find their target
 };
 
-/// Emits the block at [at, end). Returns the end of the code, or nullptr when there was no room.
-u8* translate_block(const BlockRequest& request, u8* at, u8* end);
+/// A block as it lies in memory: its code, and behind it one PlaceInBlock for each instruction.
+struct BlockCode {
+  u8* end = nullptr;  ///< behind all of it; nullptr: there was no room
+  u32 code_bytes = 0;
+  u32 instructions = 0;
+};
+
+/// Emits the block at [at, end).
+BlockCode translate_block(const BlockRequest& request, u8* at, u8* end);
 
 }  // namespace anykvm::engine::translate

@@ -73,16 +73,48 @@ void CodeCache::take_copy(CodePage& page) {
   std::memcpy(copies_ + (&page - pages_) * page_size, reinterpret_cast<const void*>(page.address), page_size);
 }
 
-Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, std::size_t used) {
+Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, std::size_t used, u32 code_bytes, u32 instructions) {
   if (block_count_ == max_blocks) return nullptr;
   u32 slot = block_slot(address, mode);
   while (block_index_[slot] && block_index_[slot] != removed) slot = (slot + 1) % block_slots;
   block_index_[slot] = block_count_;
   Block& block = blocks_[block_count_];
-  block = {.address = address, .code = free_code(), .next_in_page = page.first_block, .mode = u8(mode)};
+  block = {.address = address,
+           .code = free_code(),
+           .next_in_page = page.first_block,
+           .code_bytes = code_bytes,
+           .instructions = u16(instructions),
+           .mode = u8(mode)};
   page.first_block = block_count_++;
   code_used_ += (used + 15) & ~std::size_t(15);
   return &block;
+}
+
+const Block* CodeCache::block_with(const u8* host) const {
+  // Numbers and code addresses grow together.
+  u32 first = 1, behind = block_count_;
+  while (first < behind) {
+    const u32 middle = (first + behind) / 2;
+    if (blocks_[middle].code <= host)
+      first = middle + 1;
+    else
+      behind = middle;
+  }
+  if (first == 1) return nullptr;
+  const Block& block = blocks_[first - 1];
+  return host < block.code + block.code_bytes ? &block : nullptr;
+}
+
+int CodeCache::instruction_at(const Block& block, const u8* host) {
+  const u8* places = block.code + block.code_bytes;
+  int found = -1;
+  for (u32 n = 0; n < block.instructions; ++n) {
+    PlaceInBlock place;
+    std::memcpy(&place, places + n * sizeof place, sizeof place);
+    if (block.code + place.code > host) break;
+    found = place.offset;
+  }
+  return found;
 }
 
 void CodeCache::drop(CodePage& page) {

@@ -10,7 +10,15 @@ struct Block {
   u64 address = 0;  ///< host address of the guest's code
   u8* code = nullptr;
   u32 next_in_page = 0;
+  u32 code_bytes = 0;    ///< behind them lie its PlaceInBlocks
+  u16 instructions = 0;  ///< as many PlaceInBlocks
   u8 mode = 0;
+};
+
+/// Where the code of one guest instruction begins, and the instruction.
+struct PlaceInBlock {
+  u16 code;    ///< from the block's first byte
+  u16 offset;  ///< in the guest's page
 };
 
 /// A page of guest code that has blocks. `copy` is what they were made from.
@@ -39,12 +47,17 @@ class CodeCache {
   CodePage* find_page(u64 address);
   const u8* copy_of(const CodePage& page) const { return copies_ + (&page - pages_) * page_size; }
   void take_copy(CodePage& page);
-  /// Registers code emitted at free_code(); `used` bytes of it are taken.
-  Block* add(CodePage& page, u64 address, unsigned mode, std::size_t used);
+  /// Registers code emitted at free_code(); `used` bytes of it are taken, of which `code_bytes` are code.
+  Block* add(CodePage& page, u64 address, unsigned mode, std::size_t used, u32 code_bytes, u32 instructions);
+  /// The block, dropped or not, that has its code at `host`; nullptr: none. Async-signal-safe.
+  const Block* block_with(const u8* host) const;
+  /// The offset in its page of the guest instruction whose hot code is at `host`; -1: none. Async-signal-safe.
+  static int instruction_at(const Block& block, const u8* host);
   /// Forgets the blocks of a page.
   void drop(CodePage& page);
   void clear();
 
+  bool is_code(const u8* host) const { return host >= code_ && host < code_ + code_bytes; }
   u8* free_code() { return code_ + code_used_; }
   u8* code_end() { return code_ + code_bytes; }
   /// Code up to here survives clear(): the common stubs.

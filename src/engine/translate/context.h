@@ -47,6 +47,7 @@ struct Mode {
   x86::Privilege privilege;
   bool vectors;
   unsigned number() const { return unsigned(privilege) * 2 + vectors; }
+  static bool has_vectors(unsigned number) { return number % 2; }
 };
 
 struct Context {
@@ -64,6 +65,7 @@ struct Context {
   Context* self;
   u64 target;  ///< of an indirect call, while its return address is pushed
   u32 host_mxcsr;
+  u32 faulted;        ///< left because the host raised an exception in the instruction that is next
   u32 wants_vectors;  ///< left because the next instruction needs the vector registers
 
   alignas(64) TlbEntry tlb[3][tlb_entries];

@@ -4,13 +4,16 @@
 #include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "engine/native/native_code.h"
 #include "engine/translate/block.h"
+#include "os/fault_guard.h"
 #include "x86/cpuid.h"
 
 namespace anykvm::engine {
@@ -23,35 +26,25 @@ using x86::ExitKind;
 
 namespace {
 
-/// The thread's GS base for the time of a run: free in 64-bit user programs, and a system call only on old kernels.
-class GsBase {
- public:
-  explicit GsBase(void* base) : before_(get()) { set(u64(base)); }
-  ~GsBase() { set(before_); }
-  GsBase(const GsBase&) = delete;
-  GsBase& operator=(const GsBase&) = delete;
-
- private:
-  static bool has_instructions() {
-    static const bool has = getauxval(AT_HWCAP2) & 2;
-    return has;
-  }
-  static u64 get() {
-    u64 base = 0;
-    if (has_instructions())
-      __asm__ volatile("rdgsbase %0" : "=r"(base));
-    else
-      syscall(SYS_arch_prctl, ARCH_GET_GS, &base);
-    return base;
-  }
-  static void set(u64 base) {
-    if (has_instructions())
-      __asm__ volatile("wrgsbase %0" ::"r"(base));
-    else
-      syscall(SYS_arch_prctl, ARCH_SET_GS, base);
-  }
-  u64 before_;
-};
+// The thread's GS base: free in 64-bit user programs, and a system call only on old kernels.
+bool has_fsgsbase() {
+  static const bool has = getauxval(AT_HWCAP2) & 2;
+  return has;
+}
+u64 gs_base() {
+  u64 base = 0;
+  if (has_fsgsbase())
+    __asm__ volatile("rdgsbase %0" : "=r"(base));
+  else
+    syscall(SYS_arch_prctl, ARCH_GET_GS, &base);
+  return base;
+}
+void set_gs_base(u64 base) {
+  if (has_fsgsbase())
+    __asm__ volatile("wrgsbase %0" ::"r"(base));
+  else
+    syscall(SYS_arch_prctl, ARCH_SET_GS, base);
+}
 
 constexpr unsigned jump_slot(u64 rip) { return unsigned(rip >> 1) & (jump_entries - 1); }
 
@@ -88,7 +81,7 @@ bool Translator::vectors_allowed() const {
   const x86::CpuState& s = cpu_->state;
   constexpr u64 needed = x86::xfeature::sse | x86::xfeature::avx;
   return !(s.cr0 & (x86::cr0::em | x86::cr0::ts)) && s.cr4 & x86::cr4::osfxsr && s.cr4 & x86::cr4::osxsave &&
-         (s.xcr0 & needed) == needed && (s.fpu.mxcsr & 0x1f80) == 0x1f80;
+         (s.xcr0 & needed) == needed;
 }
 
 bool Translator::translatable() const {
@@ -152,8 +145,9 @@ Block* Translator::make_block(CodePage& page, u64 address, Mode mode) {
                              .stubs = &stubs_,
                              .cache = &cache_};
   u8* const code = cache_.free_code();
-  const u8* end = translate_block(request, code, cache_.code_end());
-  return end ? cache_.add(page, address, mode.number(), std::size_t(end - code)) : nullptr;
+  const BlockCode made = translate_block(request, code, cache_.code_end());
+  if (!made.end) return nullptr;
+  return cache_.add(page, address, mode.number(), std::size_t(made.end - code), made.code_bytes, made.instructions);
 }
 
 Block* Translator::block_at_rip() {
@@ -212,7 +206,36 @@ bool Translator::step_in_block(u32 where) {
          (!mode_.vectors || vectors_allowed());
 }
 
+bool Translator::recover(void* ucontext) {
+  greg_t* const registers = static_cast<ucontext_t*>(ucontext)->uc_mcontext.gregs;
+  const auto at = reinterpret_cast<const u8*>(registers[REG_RIP]);
+  if (!cache_.is_code(at)) return false;
+  const Block* block = cache_.block_with(at);
+  const int offset = block ? CodeCache::instruction_at(*block, at) : -1;
+  if (offset < 0) return false;
+  static_assert(address_scratch == 14);
+  registers[REG_R14] = greg_t(context_->page_base + unsigned(offset));
+  registers[REG_RIP] = reinterpret_cast<greg_t>(stubs_.leave[Mode::has_vectors(block->mode)]);
+  context_->faulted = 1;
+  return true;
+}
+
+void Translator::abandon() {
+  if (in_run_) set_gs_base(callers_gs_base_);
+  in_run_ = false;
+}
+
 void Translator::run(x86::Cpu& cpu) {
+  const os::FaultRecovery recovery(
+      [](void* self, void* ucontext) { return static_cast<Translator*>(self)->recover(ucontext); }, this);
+  callers_gs_base_ = gs_base();
+  in_run_ = true;
+  set_gs_base(u64(context_));
+  run_blocks(cpu);
+  abandon();
+}
+
+void Translator::run_blocks(x86::Cpu& cpu) {
   cpu_ = &cpu;
   cpu.exit = {};
   cpu.code_watch = {[](void* engine, const u8* host) { static_cast<Translator*>(engine)->page_written(host); }, this};
@@ -222,7 +245,6 @@ void Translator::run(x86::Cpu& cpu) {
   mode_.vectors = false;
   ++epoch_;
   flush_jumps();
-  const GsBase gs(context_);
 
   for (;;) {
     if (cpu.attention.load(std::memory_order_relaxed) || __atomic_load_n(cpu.immediate_exit, __ATOMIC_RELAXED)) {
@@ -238,7 +260,10 @@ void Translator::run(x86::Cpu& cpu) {
     context_->wants_vectors = 0;
     mode_.vectors = allowed && (mode_.vectors || wants_vectors);
     const u64 link_site = mode_.number() == mode_before ? context_->link_site : 0;
-    Block* block = translatable() && (allowed || !wants_vectors) ? block_at_rip() : nullptr;
+    // An instruction in which the host raised an exception: the reference engine finds out why, and what the guest
+    // gets.
+    const bool faulted = std::exchange(context_->faulted, 0);
+    Block* block = translatable() && (allowed || !wants_vectors) && !faulted ? block_at_rip() : nullptr;
     if (!block) {
       context_->link_site = 0;
       reference_->step(cpu);

@@ -22,10 +22,13 @@ class Translator final : public Engine {
   const char* name() const override { return "translate"; }
   bool is_native_code(const void* address) const override { return reference_->is_native_code(address); }
 
+  void abandon() override;
+
   bool step_in_block(u32 where);
   bool fill(Gva address, u32 request);
 
  private:
+  void run_blocks(x86::Cpu& cpu);
   bool translatable() const;
   bool vectors_allowed() const;
   void follow_flushes();
@@ -36,6 +39,8 @@ class Translator final : public Engine {
   Block* block_at_rip();
   Block* make_block(CodePage& page, u64 address, Mode mode);
   void page_written(const u8* host);
+  /// In a signal handler: the thread goes on at the way out, with the state that the instruction found.
+  bool recover(void* ucontext);
 
   x86::Cpu* cpu_ = nullptr;
   std::unique_ptr<Engine> reference_;
@@ -45,6 +50,8 @@ class Translator final : public Engine {
   Mode mode_{};
   u64 epoch_ = 1;  ///< grows whenever somebody may have written code and told the guest
   u64 flushes_seen_ = 0;
+  u64 callers_gs_base_ = 0;
+  bool in_run_ = false;
   bool code_dropped_ = false;  ///< the block that runs may be gone
   // What is in use, so that a flush touches only that.
   u32 tlb_used_count_ = 0, jumps_used_count_ = 0;

@@ -1,0 +1,149 @@
+// What the translator must get right beyond what each instruction does: the state at a host exception in the middle of
+// a block.
+#include <asm/prctl.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "engine/engine.h"
+#include "vcpu/test_machine.h"
+
+namespace anykvm {
+namespace {
+
+class TranslatorTest : public TestMachine {
+ protected:
+  TranslatorTest() { engine::set_default_kind(engine::Kind::translate); }
+  ~TranslatorTest() override { engine::set_default_kind(engine::Kind::interpret); }
+
+  /// SSE and AVX as a kernel enables them.
+  void enable_vectors(vcpu::Vcpu& vcpu) {
+    kvm_sregs sregs;
+    ASSERT_EQ(vcpu.get_sregs(sregs), 0);
+    sregs.cr4 |= 0x40600;  // OSFXSR, OSXMMEXCPT, OSXSAVE
+    ASSERT_EQ(vcpu.set_sregs(sregs), 0);
+    kvm_xcrs xcrs{.nr_xcrs = 1, .flags = 0, .xcrs = {{.xcr = 0, .reserved = 0, .value = 7}}, .padding = {}};
+    ASSERT_EQ(vcpu.set_xcrs(xcrs), 0);
+  }
+  static u64 gs_base() {
+    u64 base;
+    syscall(SYS_arch_prctl, ARCH_GET_GS, &base);
+    return base;
+  }
+  /// The exception frame that a handler finds: RIP, CS, RFLAGS, RSP, SS.
+  u64 frame(unsigned n) { return load<u64>(regs().rsp + n * 8); }
+};
+
+TEST_F(TranslatorTest, DivideErrorFindsTheRegistersOfItsInstruction) {
+  auto& vcpu = add_vcpu();
+  start_long_mode(vcpu, {
+                            0x49, 0xc7, 0xc7, 0x0f, 0, 0, 0,  // mov r15, 15
+                            0x6a, 0x07,                       // push 7
+                            0x31, 0xc9,                       // xor ecx, ecx
+                            0xb8, 0x05, 0,    0,    0,        // mov eax, 5
+                            0xba, 0x06, 0,    0,    0,        // mov edx, 6
+                            0xf9,                             // stc
+                            0x48, 0xf7, 0xf1,                 // div rcx
+                            0x49, 0xff, 0xc7,                 // inc r15
+                            0xf4,                             // hlt
+                        });
+  set_gate(0, 0x11000);
+  put(0x11000, {0xf4});  // hlt
+  ASSERT_EQ(vcpu.run(), 0);
+  ASSERT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(regs().rip, 0x11001u);
+  EXPECT_EQ(frame(0), code_at + 22);
+  EXPECT_EQ(frame(2) & 0x8d5, 0x45u);  // CF by stc, ZF and PF by xor
+  EXPECT_EQ(frame(3), stack_top - 8);
+  EXPECT_EQ(regs().rax, 5u);
+  EXPECT_EQ(regs().rdx, 6u);
+  EXPECT_EQ(regs().r15, 15u);
+}
+
+TEST_F(TranslatorTest, DividesInABlock) {
+  auto& vcpu = add_vcpu();
+  start_long_mode(vcpu, {
+                            0xb9, 0x01, 0, 0, 0,     // mov ecx, 1
+                            0xb8, 0x9c, 0xff, 0, 0,  // mov eax, 0xff9c
+                            0x31, 0xd2,              // xor edx, edx
+                            0x66, 0xf7, 0xf9,        // idiv cx: 65436 does not fit
+                            0xf4,                    // hlt
+                        });
+  set_gate(0, 0x11000);
+  put(0x11000, {
+                   0xb1, 0x07,        // mov cl, 7
+                   0x31, 0xc0,        // xor eax, eax
+                   0xb0, 0x64,        // mov al, 100
+                   0x48, 0x31, 0xd2,  // xor rdx, rdx
+                   0x48, 0xf7, 0xf1,  // div rcx
+                   0x0f, 0xb6, 0xd8,  // movzx ebx, al
+                   0xf4,              // hlt
+               });
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(regs().rbx, 14u);
+  EXPECT_EQ(regs().rdx, 2u);
+}
+
+TEST_F(TranslatorTest, UnmaskedSimdExceptionFindsTheVectorRegisters) {
+  auto& vcpu = add_vcpu();
+  start_long_mode(vcpu, {
+                            0xb8, 0x80, 0x1d, 0,    0,                 // mov eax, 0x1d80: division by zero unmasked
+                            0x89, 0x04, 0x25, 0x00, 0x90, 0,    0,     // mov [0x9000], eax
+                            0x0f, 0xae, 0x14, 0x25, 0x00, 0x90, 0, 0,  // ldmxcsr [0x9000]
+                            0x0f, 0x57, 0xc9,                          // xorps xmm1, xmm1
+                            0xb8, 0x03, 0,    0,    0,                 // mov eax, 3
+                            0xf3, 0x0f, 0x2a, 0xc0,                    // cvtsi2ss xmm0, eax
+                            0xf3, 0x0f, 0x5e, 0xc1,                    // divss xmm0, xmm1
+                            0xf4,                                      // hlt
+                        });
+  enable_vectors(vcpu);
+  set_gate(19, 0x11000);
+  put(0x11000, {
+                   0x0f, 0x11, 0x04, 0x25, 0x00, 0x91, 0, 0,  // movups [0x9100], xmm0
+                   0xf4,                                      // hlt
+               });
+  ASSERT_EQ(vcpu.run(), 0);
+  ASSERT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(regs().rip, 0x11009u);
+  EXPECT_EQ(frame(0), code_at + 32);
+  EXPECT_EQ(load<float>(0x9100), 3.0f);
+  kvm_fpu fpu;
+  ASSERT_EQ(vcpu.get_fpu(fpu), 0);
+  EXPECT_EQ(fpu.mxcsr, 0x1d84u);
+}
+
+TEST_F(TranslatorTest, HostFaultOnRamLeavesTheStateOfItsInstruction) {
+  auto& vcpu = add_vcpu();
+  start_long_mode(vcpu, {
+                            0x8b, 0x04, 0x25, 0x00, 0x90, 0, 0,  // mov eax, [0x9000]: the TLB knows the page
+                            0x89, 0x04, 0x25, 0x00, 0x90, 0, 0,  // mov [0x9000], eax
+                            0xe6, 0x10,                          // out 0x10, al
+                            0xbb, 0x01, 0,    0,    0,           // mov ebx, 1
+                            0x49, 0xc7, 0xc6, 0x0e, 0,    0, 0,  // mov r14, 14
+                            0x41, 0x54,                          // push r12
+                            0xf9,                                // stc
+                            0xff, 0x04, 0x25, 0x00, 0x90, 0, 0,  // inc dword [0x9000]
+                            0xf4,                                // hlt
+                        });
+  ASSERT_EQ(vcpu.run(), 0);
+  ASSERT_EQ(run().exit_reason, KVM_EXIT_IO);
+  const u64 gs_before = gs_base();
+  ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_NONE), 0);
+  EXPECT_EQ(vcpu.run(), -EFAULT);
+  EXPECT_EQ(gs_base(), gs_before);
+  EXPECT_EQ(regs().rip, code_at + 31);
+  EXPECT_EQ(regs().rbx, 1u);
+  EXPECT_EQ(regs().r14, 14u);
+  EXPECT_EQ(regs().rsp, stack_top - 8);
+  EXPECT_EQ(regs().rflags & 1, 1u);
+  ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_READ | PROT_WRITE), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(load<u32>(0x9000), 1u);
+}
+
+}  // namespace
+}  // namespace anykvm
