@@ -283,16 +283,17 @@ int Vcpu::exit_hypercall() {
   return exit_to_client(KVM_EXIT_HYPERCALL);
 }
 
-/// An instruction that the engine cannot execute. User code of the guest gets #UD, so that it cannot stop its machine;
-/// from the kernel the client gets it, as KVM's emulator does both.
+/// An instruction that the engine cannot execute, or KVM's emulator could not. As in KVM, the guest gets #UD unless the
+/// client has asked for all of them; when it is its kernel's, the client is told first.
 int Vcpu::exit_internal_error() {
   const x86::Exit& exit = cpu_.exit;
   stats_.add(VcpuStat::insn_emulation_fail);
-  if (cpu_.state.cpl == 3 && exit.kind == ExitKind::internal_error && !vm_->exits_on_emulation_failure()) {
-    (void)cpu_.ud();
-    cpu_.exit.kind = ExitKind::none;
-    if (!guarded([this] { (void)cpu_.deliver_fault(); })) return -EFAULT;
-    return cpu_.exit.kind == ExitKind::internal_error ? exit_to_client(KVM_EXIT_SHUTDOWN) : handle_exit();
+  if (!vm_->exits_on_emulation_failure()) {
+    x86::EventState& event = cpu_.state.event;
+    event.exception_pending = true;
+    event.exception_vector = x86::exception::ud;
+    event.exception_has_error = event.exception_has_payload = false;
+    if (cpu_.state.cpl != 0) return go_on;
   }
   auto& failure = run_->emulation_failure;
   std::memset(&failure, 0, sizeof failure);

@@ -32,8 +32,11 @@ Result check_alignment(Cpu& cpu, Gva gva, unsigned size) {
   return gva & mask ? cpu.raise(exception::ac, 0) : Result::ok;
 }
 
+Result refuse_barred(Cpu& cpu) { return cpu.give_up("an instruction that KVM's emulator does not know, on a device"); }
+
 /// Devices see at most 8 bytes at once, as KVM hands them out.
 Result read_mmio(Cpu& cpu, Gpa gpa, u8* data, unsigned size) {
+  if (cpu.mmio.barred()) return refuse_barred(cpu);
   while (size) {
     const unsigned length = size < 8 ? size : 8;
     if (!cpu.mmio.take_read(gpa, data, length)) {
@@ -45,11 +48,7 @@ Result read_mmio(Cpu& cpu, Gpa gpa, u8* data, unsigned size) {
         return Result::exit;
       }
       cpu.mmio.reply(bytes);
-      if (!cpu.mmio.take_read(gpa, data, length)) {
-        cpu.exit.kind = ExitKind::internal_error;
-        cpu.exit.reason = "too many device reads in one instruction";
-        return Result::exit;
-      }
+      if (!cpu.mmio.take_read(gpa, data, length)) return cpu.give_up("too many device reads in one instruction");
     }
     gpa += length, data += length, size -= length;
   }
@@ -57,14 +56,12 @@ Result read_mmio(Cpu& cpu, Gpa gpa, u8* data, unsigned size) {
 }
 
 Result write_mmio(Cpu& cpu, Gpa gpa, const u8* data, unsigned size) {
+  if (cpu.mmio.barred()) return refuse_barred(cpu);
   while (size) {
     const unsigned length = size < 8 ? size : 8;
     if (!(power_of_two(length) && cpu.machine.mmio_write(gpa, data, length)) &&
-        !cpu.mmio.queue_write(gpa, data, length)) {
-      cpu.exit.kind = ExitKind::internal_error;
-      cpu.exit.reason = "too many device writes in one instruction";
-      return Result::exit;
-    }
+        !cpu.mmio.queue_write(gpa, data, length))
+      return cpu.give_up("too many device writes in one instruction");
     gpa += length, data += length, size -= length;
   }
   return Result::ok;
@@ -124,6 +121,8 @@ Result Cpu::open_operand_slow(Use use, Operand& operand) {
     operand.host = operand.parts[0].host;
     return Result::ok;
   }
+  if (mmio.barred() && (!operand.parts[0].host || (operand.parts[1].size && !operand.parts[1].host)))
+    return refuse_barred(*this);
   operand.bounced = true;
   operand.host = operand.buffer;
   if (use == Use::write) return Result::ok;

@@ -30,6 +30,10 @@ class MmioPort {
   void retire_instruction() { read_size_ = read_position_ = 0; }  ///< reads are consumed
   bool replies_pending() const { return read_size_ != 0; }
   bool touched() const { return (read_size_ | write_count_) != 0; }  ///< the instruction left RAM
+  /// While barred, an access that leaves RAM ends in ExitKind::internal_error instead: the instruction in flight is not
+  /// one that KVM's emulator knows.
+  bool barred() const { return barred_; }
+  void bar(bool barred) { barred_ = barred; }
   /// The reply to the next read, or false with `wanted` set to what the client must answer.
   bool take_read(Gpa gpa, void* data, unsigned length);
   bool queue_write(Gpa gpa, const void* data, unsigned length);
@@ -42,10 +46,14 @@ class MmioPort {
   void pop_write() {
     if (++write_next_ == write_count_) write_next_ = write_count_ = 0;
   }
-  void reset() { read_size_ = read_position_ = write_next_ = write_count_ = 0; }
+  void reset() {
+    read_size_ = read_position_ = write_next_ = write_count_ = 0;
+    barred_ = false;
+  }
 
  private:
   Fragment wanted_{};
+  bool barred_ = false;
   u32 read_size_ = 0, read_position_ = 0, write_next_ = 0, write_count_ = 0;
   u8 read_data_[max_read_bytes];
   Fragment writes_[max_writes];
@@ -245,6 +253,12 @@ class Cpu {
   Result raise_page_fault(Gva gva, u32 error);
   Result gp() { return raise(exception::gp, 0); }
   Result ud() { return raise(exception::ud); }
+  /// ExitKind::internal_error; reason is a static string.
+  Result give_up(const char* reason) {
+    exit.kind = ExitKind::internal_error;
+    exit.reason = reason;
+    return Result::exit;
+  }
 
   /// Delivers Cpu::fault (raised by the instruction at RIP, or a trap behind it) through the IDT or IVT; handles the
   /// double fault. exit: shutdown, or the delivery itself needs the client.

@@ -216,6 +216,115 @@ TEST_F(Exits, AStoreToAReadOnlySlotIsMmio) {
   EXPECT_EQ(load<u16>(0x200002), 0);
 }
 
+/// Below 4 GiB and outside the RAM, where start_long_mode() maps nothing: a second 2 MiB page.
+class EmulationFailure : public TestMachine {
+ protected:
+  static constexpr Gpa device = 0xd0000000;
+  static constexpr u64 device_gva = 2 << 20;
+
+  void start(vcpu::Vcpu& vcpu, std::initializer_list<u8> code) {
+    start_long_mode(vcpu, code);
+    store<u64>(tables_at + 0x2008, device | 0x83);
+    kvm_sregs sregs;
+    ASSERT_EQ(vcpu.get_sregs(sregs), 0);
+    sregs.cr4 |= 0x600;  // OSFXSR, OSXMMEXCPT
+    ASSERT_EQ(vcpu.set_sregs(sregs), 0);
+    kvm_regs regs;
+    ASSERT_EQ(vcpu.get_regs(regs), 0);
+    regs.rbx = device_gva;
+    ASSERT_EQ(vcpu.set_regs(regs), 0);
+  }
+  void exit_on_every_failure() {
+    kvm_enable_cap cap{.cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE, .args = {1}};
+    ASSERT_EQ(machine->enable_cap(cap), 0);
+  }
+};
+
+TEST_F(EmulationFailure, DevicesTakeOnlyWhatTheKernelsEmulatorKnows) {
+  auto& vcpu = add_vcpu();
+  exit_on_every_failure();
+  const std::initializer_list<u8> unknown[] = {
+      {0xd9, 0x03},                    // fld dword [rbx]
+      {0xdd, 0x1b},                    // fstp qword [rbx]
+      {0xdd, 0x33},                    // fnsave [rbx]
+      {0x0f, 0x58, 0x03},              // addps xmm0, [rbx]
+      {0xf3, 0x0f, 0x7e, 0x03},        // movq xmm0, [rbx]
+      {0x0f, 0xae, 0x1b},              // stmxcsr [rbx]
+      {0x48, 0x0f, 0xc7, 0x0b},        // cmpxchg16b [rbx]
+      {0xf3, 0x0f, 0xb8, 0x03},        // popcnt eax, [rbx]
+      {0xc4, 0xe2, 0x78, 0xf2, 0x03},  // andn eax, eax, [rbx]
+  };
+  for (const auto& code : unknown) {
+    SCOPED_TRACE(testing::PrintToString(std::vector<int>(code.begin(), code.end())));
+    start(vcpu, code);
+    const kvm_regs before = regs();
+    ASSERT_EQ(vcpu.run(), 0);
+    ASSERT_EQ(run().exit_reason, KVM_EXIT_INTERNAL_ERROR);
+    const auto& failure = run().emulation_failure;
+    EXPECT_EQ(failure.suberror, KVM_INTERNAL_ERROR_EMULATION);
+    EXPECT_GE(failure.ndata, 3u);
+    EXPECT_EQ(failure.flags, KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES);
+    ASSERT_EQ(failure.insn_size, code.size());
+    EXPECT_EQ(std::memcmp(failure.insn_bytes, code.begin(), code.size()), 0);
+    EXPECT_EQ(regs().rip, before.rip);
+    EXPECT_EQ(regs().rax, before.rax);
+    kvm_vcpu_events events;
+    ASSERT_EQ(vcpu.get_vcpu_events(events), 0);
+    EXPECT_EQ(events.exception.pending, 0);
+  }
+  const std::initializer_list<u8> known[] = {
+      {0x0f, 0x10, 0x03},        // movups xmm0, [rbx]
+      {0xf3, 0x0f, 0x7f, 0x03},  // movdqu [rbx], xmm0
+      {0x0f, 0x6f, 0x03},        // movq mm0, [rbx]
+      {0xd9, 0x3b},              // fnstcw [rbx]
+      {0x0f, 0xae, 0x03},        // fxsave [rbx]
+      {0x0f, 0xc7, 0x0b},        // cmpxchg8b [rbx]
+      {0x0f, 0xa3, 0x03},        // bt [rbx], eax
+      {0x0f, 0x38, 0xf0, 0x03},  // movbe eax, [rbx]
+  };
+  for (const auto& code : known) {
+    SCOPED_TRACE(testing::PrintToString(std::vector<int>(code.begin(), code.end())));
+    auto& fresh = add_vcpu();
+    start(fresh, code);
+    ASSERT_EQ(fresh.run(), 0);
+    EXPECT_EQ(runs.back()->exit_reason, KVM_EXIT_MMIO);
+  }
+}
+
+TEST_F(EmulationFailure, TheKernelsIsTheClientsAndThenAnInvalidOpcode) {
+  auto& vcpu = add_vcpu();
+  start(vcpu, {0xd9, 0x03});  // fld dword [rbx]
+  set_gate(6, code_at + 0x100);
+  put(code_at + 0x100, {0xf4});  // hlt
+  ASSERT_EQ(vcpu.run(), 0);
+  ASSERT_EQ(run().exit_reason, KVM_EXIT_INTERNAL_ERROR);
+  EXPECT_EQ(regs().rip, code_at);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(regs().rip, code_at + 0x101);
+}
+
+TEST_F(EmulationFailure, UserCodeGetsAnInvalidOpcode) {
+  auto& vcpu = add_vcpu();
+  start(vcpu, {0xd9, 0x03});  // fld dword [rbx]
+  set_gate(6, code_at + 0x100);
+  put(code_at + 0x100, {0xf4});  // hlt
+  constexpr Gpa tss = 0x3400;
+  store<u64>(tss + 4, stack_top);
+  for (Gpa entry : {tables_at, tables_at + 0x1000, tables_at + 0x2000, tables_at + 0x2008})
+    store<u64>(entry, load<u64>(entry) | 4);  // user pages
+  kvm_sregs sregs;
+  ASSERT_EQ(vcpu.get_sregs(sregs), 0);
+  sregs.cs.dpl = sregs.ss.dpl = 3;
+  sregs.cs.selector |= 3;
+  sregs.ss.selector |= 3;
+  sregs.tr = {.base = tss, .limit = 0x67, .selector = 0x18, .type = 11, .present = 1};
+  ASSERT_EQ(vcpu.set_sregs(sregs), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(regs().rip, code_at + 0x101);
+}
+
 TEST_F(Exits, TripleFault) {
   auto& vcpu = add_vcpu();
   start_long_mode(vcpu, {0x0f, 0x0b});  // ud2, and the IDT is empty

@@ -1,5 +1,6 @@
 // From bytes to an Instruction: Zydis decodes, then the chapters choose who executes it.
 #include <cstring>
+#include <utility>
 
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
@@ -155,8 +156,11 @@ DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Ins
   for (const auto select : {select_move, select_stack, select_branch, select_string, select_io, select_decimal,
                             select_system, select_state, select_masked}) {
     out.handler = select(d, out);
-    if (out.handler) return DecodeStatus::ok;
+    if (!out.handler) continue;
+    if (!may_reach_devices(d, out.unit)) out.behind_bar = std::exchange(out.handler, without_devices);
+    return DecodeStatus::ok;
   }
+  out.bars_devices = !may_reach_devices(d, out.unit);
   out.handler = select_bits(d, out, code);
   if (!out.handler) out.handler = select_divide(d, out, code);
   if (!out.handler) out.handler = select_native(d, out, code);

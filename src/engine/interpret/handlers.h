@@ -51,6 +51,10 @@ bool host_is_amd();
 
 /// Whether the host CPU may execute it for the guest: it only computes, and the host has it.
 bool runs_natively(const Decoded&);
+/// Whether a memory operand of the instruction may lie in a device.
+bool may_reach_devices(const Decoded&, Unit unit);
+/// The handler of an instruction that may not and has no native code: Instruction::behind_bar, with devices barred.
+x86::Result without_devices(Context&, const Instruction&);
 /// What the memory operand's address must be a multiple of, or 0.
 u8 required_alignment(const Decoded&, Unit unit, unsigned memory_bytes);
 Unit unit_of(const Decoded&);

@@ -41,8 +41,11 @@ struct alignas(64) Instruction {
 
   u8 bytes[16] = {};
   Handler handler = nullptr;
-  NativeCode native = nullptr;  ///< for the handlers that let the host CPU execute it
-  s64 immediate = 0;            ///< sign-extended; the branch displacement; a 64-bit absolute address; FOP
+  union {
+    NativeCode native = nullptr;  ///< for the handlers that let the host CPU execute it
+    Handler behind_bar;           ///< for without_devices(): what it calls
+  };
+  s64 immediate = 0;  ///< sign-extended; the branch displacement; a 64-bit absolute address; FOP
   s32 displacement = 0;
 
   u16 selector = 0;  ///< of a far pointer
@@ -64,6 +67,7 @@ struct alignas(64) Instruction {
   bool waits_for_x87 : 1 = false;       ///< a pending x87 exception is reported before it
   bool moves_x87_pointers : 1 = false;  ///< sets FIP, FDP and FOP
   bool uses_mxcsr : 1 = false;
+  bool bars_devices : 1 = false;  ///< its memory operand must be RAM; for handlers with native code
 
   /// One bit a byte of the instruction.
   u32 length_mask() const { return (1u << length) - 1; }

@@ -108,9 +108,7 @@ const u8* Interpreter::code_page(Cpu& cpu, Gva gva, Result& why_not) {
   x86::Mmu::Translation page;
   why_not = cpu.mmu.translate(cpu, gva, Access::fetch, fetch_privilege(cpu), page);
   if (why_not == Result::ok && !page.host) {
-    cpu.exit.kind = ExitKind::internal_error;
-    cpu.exit.reason = "instruction fetch from outside RAM";
-    why_not = Result::exit;
+    why_not = cpu.give_up("instruction fetch from outside RAM");
   }
   return why_not == Result::ok ? page.host : nullptr;
 }

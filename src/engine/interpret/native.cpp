@@ -81,6 +81,9 @@ Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
   ANYKVM_TRY(memory_address(c, i, i.memory_bytes, i.use == Cpu::Use::read ? Access::read : Access::write, gva));
   if (i.alignment && gva & (i.alignment - 1u)) [[unlikely]]
     return c.cpu.gp();
+  if (!i.bars_devices) [[likely]]
+    return c.cpu.open_operand(gva, i.memory_bytes, i.use, operand);
+  const DeviceBar bar(c);
   return c.cpu.open_operand(gva, i.memory_bytes, i.use, operand);
 }
 
@@ -116,6 +119,7 @@ Result unit_memory(Context& c, const Instruction& i) {
 /// FNSAVE and FRSTOR: an image larger than an operand.
 Result x87_image(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
+  const DeviceBar bar(c);
   u8 image[128];
   Gva gva;
   const bool writes = i.use == Cpu::Use::write;
@@ -123,8 +127,10 @@ Result x87_image(Context& c, const Instruction& i) {
   if (writes) {
     // The instruction also resets the unit: be sure that the store can be done before it is run.
     x86::Mmu::Translation page;
-    ANYKVM_TRY(c.cpu.mmu.translate(c.cpu, gva, Access::write, c.cpu.data_privilege, page));
-    ANYKVM_TRY(c.cpu.mmu.translate(c.cpu, gva + i.memory_bytes - 1, Access::write, c.cpu.data_privilege, page));
+    for (const Gva end : {gva, gva + i.memory_bytes - 1}) {
+      ANYKVM_TRY(c.cpu.mmu.translate(c.cpu, end, Access::write, c.cpu.data_privilege, page));
+      if (!page.host) return c.cpu.give_up("FNSAVE to a device");
+    }
   } else {
     ANYKVM_TRY(c.cpu.read(gva, image, i.memory_bytes));
   }

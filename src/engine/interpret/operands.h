@@ -39,6 +39,18 @@ inline void write_register(Context& c, RegisterOperand reg, unsigned bytes, u64 
   }
 }
 
+/// While it exists, an access that leaves RAM ends in ExitKind::internal_error. See may_reach_devices().
+class DeviceBar {
+ public:
+  explicit DeviceBar(Context& c) : port_(c.cpu.mmio) { port_.bar(true); }
+  ~DeviceBar() { port_.bar(false); }
+  DeviceBar(const DeviceBar&) = delete;
+  DeviceBar& operator=(const DeviceBar&) = delete;
+
+ private:
+  x86::MmioPort& port_;
+};
+
 /// The offset that a memory operand names, before segmentation.
 inline u64 effective_offset(const Context& c, const Instruction& i) {
   const u64* gpr = c.cpu.state.gpr;
