@@ -35,7 +35,6 @@ enum Selector : u16 {
 };
 constexpr u32 landing = MONITOR_TEST_CODE + 0x80, landing_a = MONITOR_TEST_CODE + 0xa0,
               landing_b = MONITOR_TEST_CODE + 0xb0, pointer = MONITOR_TEST_CODE + 0xc0;
-constexpr u32 flag_rf = 1u << 16;
 constexpr unsigned gdt_slots = MONITOR_GDT_SIZE / 8, first_free_slot = 7;
 
 u64 segment(u32 base, u32 limit, u8 access, u8 flags) {
@@ -46,9 +45,9 @@ u64 gate(u16 selector, u32 offset, u8 access, u8 parameters = 0) {
   return (offset & 0xffff) | u64(selector) << 16 | u64(parameters) << 32 | u64(access) << 40 | u64(offset >> 16) << 48;
 }
 
-class Guest {
+class Generator {
  public:
-  explicit Guest(u64 seed) : random_(seed), image_(guest_ram) {
+  explicit Generator(u64 seed) : random_(seed), image_(guest_ram) {
     std::memcpy(&image_[MONITOR_BOOT], monitor_boot, monitor_boot_end - monitor_boot);
     std::memcpy(&image_[MONITOR_CODE], monitor_code, monitor_code_end - monitor_code);
     tables();
@@ -186,7 +185,8 @@ class Guest {
     std::memcpy(&high, &image_[address], 4);
     const u32 before = high;
     high ^= 1u << (8 + below(8));
-    if (below(4) == 0 && address >= MONITOR_GDT + 0xd8) high ^= 1u << (22 + below(2));
+    // (Of a gate they are the target's offset, which would lead into the log.)
+    if (below(4) == 0 && address >= MONITOR_GDT + 0xd8 && high & 0x1000) high ^= 1u << (22 + below(2));
     if (below(4) == 0) high = (high & ~0xf00u) | below(16) << 8;
     high = (high & ~0x1000u) | (before & 0x1000);  // a gate's bytes make no sensible segment
     const bool makes_task = (high & 0x1500) == 0x100, was_task = slot == tss_a / 8 || slot == tss_b / 8;
@@ -311,11 +311,14 @@ class Guest {
         break;
       }
       case 5:
-      case 6:  // LLDT, LTR, VERR, VERW, SLDT, STR
-        load_eax(below(3) ? u16(below(2) ? ldt : tss_a) : selector());
+      case 6: {  // LLDT, LTR, VERR, VERW, SLDT, STR
+        const unsigned which = below(6);
+        const u16 operand = below(3) ? u16(below(2) ? ldt : tss_a) : selector();
+        load_eax(which == 3 && operand < 4 ? u16(tss_a) : operand);  // TCG takes a null selector for LTR
         word(0x000f);
-        byte(0xc0 | below(6) << 3);
+        byte(0xc0 | which << 3);
         break;
+      }
       case 7:
       case 8:  // LAR, LSL
         load_eax(selector());
@@ -366,7 +369,8 @@ class Guest {
         const bool w = wide();
         const u16 opcode = loads[below(5)];
         opcode > 0xff ? word(opcode) : byte(opcode);
-        code16_ ? (byte(0x16), word(v86_ ? 0xc0 : pointer)) : (byte(0x15), dword(pointer));
+        // Into EBP: EDX is where SYSEXIT goes.
+        code16_ ? (byte(0x2e), word(v86_ ? 0xc0 : pointer)) : (byte(0x2d), dword(pointer));
         put<u32>(at_ + TEST_CODE + 0xc0, w ? 0x12345678 : u32(selector()) << 16 | 0x5678);
         put<u16>(at_ + TEST_CODE + 0xc4, selector());
       } break;
@@ -385,86 +389,78 @@ class Guest {
   bool v86_ = false, code16_ = false, steps_ = false;
 };
 
+constexpr Field log_fields[] = {
+    {"esp", 0, 4},
+    {"ss", 4, 4},
+    {"cr0", 8, 4},
+    {"cr4", 12, 4},
+    {"cr2", 16, 4},
+    {"dr6", 20, 4},
+    {"tr", 24, 4},
+    {"ldtr", 28, 4},
+    {"gs", 32, 4},
+    {"fs", 36, 4},
+    {"es", 40, 4},
+    {"ds", 44, 4},
+    {"edi", 48, 4},
+    {"esi", 52, 4},
+    {"ebp", 56, 4},
+    {"esp'", 60, 4},
+    {"ebx", 64, 4},
+    {"edx", 68, 4},
+    {"ecx", 72, 4},
+    {"eax", 76, 4},
+    {"vector", 80, 4},
+    {"frame", 84, 4, 11},
+    {"gdt", 128, 4, MONITOR_GDT_SIZE / 4},
+    {"ldt", 128 + MONITOR_GDT_SIZE, 4, 16},
+    {"tss", 192 + MONITOR_GDT_SIZE, 4, 0x100},
+};
+
 }  // namespace
 
-namespace {
-
-u32 get(const std::vector<u8>& memory, u32 address) {
-  u32 value;
-  std::memcpy(&value, &memory[address], 4);
-  return value;
+LegacyGuest::LegacyGuest(u64 seed, unsigned count) {
+  Generator generator(seed);
+  for (unsigned i = 0; i < count; ++i) generator.add_test(i);
+  image = generator.take();
+  cpuid.assign(x86::supported_cpuid().begin(), x86::supported_cpuid().end());
+  tests = count;
+  log = MONITOR_LOG;
+  log_size = MONITOR_LOG_SIZE;
+  fields = log_fields;
 }
 
-/// TCG does not push RF with a fault's flags and does not mark every segment as accessed, as processors do.
-bool differs(const std::vector<u8>& ours, const std::vector<u8>& theirs, u32 at) {
-  const u32 mine = get(ours, at), other = get(theirs, at), offset = (at - MONITOR_LOG) % MONITOR_LOG_SIZE;
-  const bool upper_half = offset >= 128 && offset < 128 + MONITOR_GDT_SIZE + 0x40 && offset & 4;
-  u32 ignored = flag_rf;
-  if (upper_half && mine & 0x1000 && mine & 0x100) ignored |= 0x100;
-  // An absent stack segment of an outer level is #SS, which TCG takes for #NP.
-  if (offset == 80 && mine == 12 && other == 11) return false;
-  return (mine ^ other) & ~ignored;
+Ending LegacyGuest::ending(const Memory& memory, unsigned test) const {
+  const u64 at = log + u64(test) * log_size;
+  Ending ending{.vector = get<u32>(memory, at + 80)};
+  ending.has_error = has_error_code(ending.vector);
+  const u64 frame = at + 84 + (ending.has_error ? 4 : 0);
+  ending.error = ending.has_error ? get<u32>(memory, at + 84) : 0;
+  ending.rip = get<u32>(memory, frame), ending.cs = get<u32>(memory, frame + 4),
+  ending.flags = get<u32>(memory, frame + 8);
+  ending.rsp = get<u32>(memory, frame + 12), ending.ss = get<u32>(memory, frame + 16);
+  return ending;
 }
 
-}  // namespace
-
-std::vector<u8> legacy_guest(u64 seed, unsigned count) {
-  Guest guest(seed);
-  for (unsigned i = 0; i < count; ++i) guest.add_test(i);
-  return guest.take();
+std::span<const u8> LegacyGuest::code_at(unsigned test, u64, u64 rip) const {
+  if (rip >= MONITOR_TEST_CODE) rip -= MONITOR_TEST_CODE;  // flat, where virtual-8086 code starts at 0
+  if (rip >= TEST_CODE_SIZE) return {};
+  return std::span(image).subspan(MONITOR_TESTS + test * MONITOR_TEST_SIZE + TEST_CODE + rip, TEST_CODE_SIZE - rip);
 }
 
-unsigned tests_done(const std::vector<u8>& memory) {
-  // The counter lies right before the two table pointers, which lie before the stubs; find it by its log entries.
-  unsigned n = 0;
-  while (MONITOR_LOG + (n + 1) * MONITOR_LOG_SIZE <= memory.size()) {
-    u32 stack;
-    std::memcpy(&stack, &memory[MONITOR_LOG + n * MONITOR_LOG_SIZE], 4);
-    if (!stack) break;
-    ++n;
-  }
-  return n;
-}
-
-int first_difference(const std::vector<u8>& left, const std::vector<u8>& right, unsigned count) {
-  for (unsigned i = 0; i < count; ++i)
-    for (u32 at = MONITOR_LOG + i * MONITOR_LOG_SIZE, end = at + MONITOR_LOG_SIZE; at < end; at += 4)
-      if (differs(left, right, at)) return int(i);
-  return -1;
-}
-
-std::string describe(const std::vector<u8>& image, const std::vector<u8>& ours, const std::vector<u8>& theirs,
-                     unsigned test) {
-  const u32 at = MONITOR_TESTS + test * MONITOR_TEST_SIZE, log = MONITOR_LOG + test * MONITOR_LOG_SIZE;
-  std::string text;
+std::string LegacyGuest::describe(unsigned test) const {
+  const u32 at = MONITOR_TESTS + test * MONITOR_TEST_SIZE;
+  const auto word = [&](u32 offset) { return get<u32>(image, at + offset); };
   char line[160];
-  const auto print = [&](auto... arguments) {
-    std::snprintf(line, sizeof line, arguments...);
+  std::snprintf(line, sizeof line, "  cs %x eip %x eflags %x ss %x esp %x cr4 %x\n", word(TEST_FRAME + 4),
+                word(TEST_FRAME), word(TEST_FRAME + 8), word(TEST_FRAME + 16), word(TEST_FRAME + 12), word(TEST_CR4));
+  std::string text = line;
+  const u32 code = word(TEST_FRAME + 4);
+  const bool is_16_bit = word(TEST_FRAME + 8) & 0x20000 || code == code16_r0 || code == code16_r3;
+  text += disassemble(std::span(image).subspan(at + TEST_CODE, 0x60), MONITOR_TEST_CODE, is_16_bit ? 16 : 32);
+  for (unsigned i = 0; i < word(TEST_PATCHES); ++i) {
+    std::snprintf(line, sizeof line, "  patch %x: %08x\n", word(TEST_PATCH + 8 * i), word(TEST_PATCH + 8 * i + 4));
     text += line;
-  };
-  print("test %u: cs %x eip %x eflags %x ss %x esp %x cr4 %x\n  code", test, get(image, at + TEST_FRAME + 4),
-        get(image, at + TEST_FRAME), get(image, at + TEST_FRAME + 8), get(image, at + TEST_FRAME + 16),
-        get(image, at + TEST_FRAME + 12), get(image, at + TEST_CR4));
-  for (unsigned i = 0; i < 48 && (image[at + TEST_CODE + i] != 0xcc || image[at + TEST_CODE + i + 1] != 0xcc); ++i)
-    print(" %02x", image[at + TEST_CODE + i]);
-  print("\n");
-  for (unsigned i = 0; i < get(image, at + TEST_PATCHES); ++i)
-    print("  patch %x: %08x\n", get(image, at + TEST_PATCH + 8 * i), get(image, at + TEST_PATCH + 8 * i + 4));
-  static const char* const names[] = {"esp", "ss",  "cr0", "cr4", "cr2",  "dr6", "tr",  "ldtr", "gs",  "fs",    "es",
-                                      "ds",  "edi", "esi", "ebp", "esp'", "ebx", "edx", "ecx",  "eax", "vector"};
-  for (unsigned i = 0; i < MONITOR_LOG_SIZE / 4; ++i) {
-    const u32 mine = get(ours, log + 4 * i), other = get(theirs, log + 4 * i);
-    if (mine == other && i > 26) continue;
-    if (i < 21) {
-      print("  %-8s", names[i]);
-    } else if (i < 32) {
-      print("  frame %u ", i - 21);
-    } else if (4 * i < 128 + MONITOR_GDT_SIZE) {
-      print("  gdt %x ", 4 * i - 128);
-    } else {
-      print("  ldt and tss %x ", 4 * i - 128 - MONITOR_GDT_SIZE - 0x40);
-    }
-    print("%08x %08x%s\n", mine, other, differs(ours, theirs, log + 4 * i) ? " *" : "");
   }
   return text;
 }

@@ -1,0 +1,79 @@
+// A generated guest: the memory that it starts with, and how to read what its tests left behind.
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "x86/cpuid.h"
+
+namespace anykvm::oracle {
+
+using Memory = std::vector<u8>;  ///< guest-physical memory from address 0
+
+inline constexpr u64 guest_ram = 8 << 20;
+
+/// `count` values of `bytes` bytes in a log entry.
+struct Field {
+  const char* name;
+  u32 offset;
+  u8 bytes;
+  u16 count = 1;
+};
+
+/// The event that ended a test, as its handler found it.
+struct Ending {
+  u64 vector = 0, error = 0, rip = 0, cs = 0, flags = 0, rsp = 0, ss = 0;
+  bool has_error = false;  ///< the vector is one with an error code
+};
+
+inline bool has_error_code(u64 vector) {
+  return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21;
+}
+
+class Guest {
+ public:
+  virtual ~Guest() = default;
+
+  Memory image;
+  std::string qemu_cpu = "max";         ///< QEMU's -cpu
+  std::vector<kvm_cpuid_entry2> cpuid;  ///< what our CPU is given
+  unsigned tests = 0;
+  u32 log = 0, log_size = 0;  ///< entry n lies at log + n * log_size; its first word is 0 until the test has ended
+  std::span<const Field> fields;
+
+  /// What the comparison needs of a log entry. Its stack frame is only good where the handler's stack was.
+  virtual Ending ending(const Memory& memory, unsigned test) const = 0;
+  /// The bytes of the test's code at an address of the test, else empty.
+  virtual std::span<const u8> code_at(unsigned test, u64 cs, u64 rip) const = 0;
+  /// The test's input, for people.
+  virtual std::string describe(unsigned test) const = 0;
+};
+
+template <class T>
+T get(const Memory& memory, u64 address) {
+  T value{};
+  if (address + sizeof value <= memory.size()) __builtin_memcpy(&value, &memory[address], sizeof value);
+  return value;
+}
+template <class T>
+void put(Memory& memory, u64 address, T value) {
+  __builtin_memcpy(&memory.at(address + sizeof value - 1) + 1 - sizeof value, &value, sizeof value);
+}
+
+/// How many tests have ended.
+unsigned tests_done(const Guest& guest, const Memory& memory);
+
+/// The first test that ended differently in a way that no mistake of TCG's explains; -1: none.
+int first_difference(const Guest& guest, const Memory& ours, const Memory& theirs);
+
+/// The test's input and the fields of both log entries that differ, for people.
+std::string report(const Guest& guest, const Memory& ours, const Memory& theirs, unsigned test);
+
+/// How often each of TCG's mistakes has explained a difference so far, one line each.
+std::string mistakes_met();
+
+/// Intel syntax, one instruction a line.
+std::string disassemble(std::span<const u8> code, u64 address, unsigned code_bits);
+
+}  // namespace anykvm::oracle

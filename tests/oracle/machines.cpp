@@ -1,0 +1,90 @@
+#include "oracle/machines.h"
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+
+#include "engine/engine.h"
+#include "oracle/monitor.h"
+#include "x86/fake_machine.h"
+
+namespace anykvm::oracle {
+
+bool qemu_is_there() { return std::system("command -v qemu-system-x86_64 >/dev/null 2>&1") == 0; }
+
+Memory run_in_engine(const Guest& guest, std::string& end) {
+  using namespace x86;
+  FakeMachine machine(guest_ram);
+  std::memcpy(machine.base, guest.image.data(), guest.image.size());
+  machine.ports[0x80] = 0;
+  Cpu cpu(machine);
+  cpu.cpuid.set(guest.cpuid);
+  cpu.reset();
+  u8 pio[page_size];
+  cpu.pio_data = pio;
+  cpu.state.segment[cs].selector = 0;
+  cpu.state.segment[cs].base = 0;
+  cpu.state.rip = MONITOR_BOOT;
+  cpu.update_mode();
+  engine::Kind kind = engine::Kind::interpret;
+  (void)engine::default_kind(kind);
+  const auto engine = engine::make(kind);
+  // A 16-bit task's stack may lie in QEMU's firmware, which is filled with HLT.
+  static constexpr u8 firmware[8] = {0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4};
+  for (engine->run(cpu); cpu.exit.kind == ExitKind::mmio_read || cpu.exit.kind == ExitKind::mmio_write;
+       engine->run(cpu)) {
+    if (cpu.exit.kind == ExitKind::mmio_read) cpu.mmio.reply(firmware);
+    while (cpu.mmio.has_writes()) cpu.mmio.pop_write();
+  }
+  if (cpu.exit.kind != ExitKind::pio || cpu.exit.port != MONITOR_EXIT_PORT) {
+    end = "exit " + std::to_string(int(cpu.exit.kind)) + " at " + std::to_string(cpu.state.rip);
+    if (cpu.exit.reason) end += std::string(": ") + cpu.exit.reason;
+  }
+  return {machine.base, machine.base + guest_ram};
+}
+
+namespace {
+
+Memory run_qemu_once(const Guest& guest) {
+  char directory[] = "/tmp/anykvm-oracle-XXXXXX";
+  if (!mkdtemp(directory)) return {};
+  const std::string base = directory;
+  std::ofstream(base + "/ram", std::ios::binary)
+      .write(reinterpret_cast<const char*>(guest.image.data()), s64(guest.image.size()));
+  Memory bios(65536, 0xf4);  // one jump
+  const u8 jump[] = {0xea, MONITOR_BOOT & 0xff, MONITOR_BOOT >> 8, 0, 0};
+  std::memcpy(&bios[0xfff0], jump, sizeof jump);
+  std::ofstream(base + "/bios", std::ios::binary).write(reinterpret_cast<const char*>(bios.data()), s64(bios.size()));
+  const std::string command =
+      "timeout 60 qemu-system-x86_64 -accel tcg -cpu " + guest.qemu_cpu +
+      " -nodefaults -no-user-config -display none -no-reboot -m 8M "
+      "-machine pc,memory-backend=ram -object memory-backend-file,id=ram,size=8M,share=on,mem-path=" +
+      base + "/ram -bios " + base + "/bios -device isa-debug-exit,iobase=0xf4,iosize=1 </dev/null >" + base +
+      "/output 2>&1";
+  Memory memory;
+  if (std::system(command.c_str()) != -1) {
+    memory.resize(guest_ram);
+    std::ifstream(base + "/ram", std::ios::binary).read(reinterpret_cast<char*>(memory.data()), s64(memory.size()));
+    std::ifstream output(base + "/output");
+    if (output.peek() != EOF) std::cout << output.rdbuf();
+  }
+  std::filesystem::remove_all(base);
+  return memory;
+}
+
+}  // namespace
+
+Memory run_in_qemu(const Guest& guest) {
+  Memory memory;
+  for (unsigned attempt = 0; attempt < 3; ++attempt) {
+    memory = run_qemu_once(guest);
+    if (memory.size() == guest_ram && tests_done(guest, memory) == guest.tests) break;
+  }
+  return memory;
+}
+
+}  // namespace anykvm::oracle
