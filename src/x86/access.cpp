@@ -36,8 +36,8 @@ Result refuse_barred(Cpu& cpu) { return cpu.give_up("an instruction that KVM's e
 
 /// Devices see at most 8 bytes at once, as KVM hands them out.
 Result read_mmio(Cpu& cpu, Gpa gpa, u8* data, unsigned size) {
-  if (cpu.mmio.barred()) return refuse_barred(cpu);
   while (size) {
+    if (cpu.mmio.barred()) return refuse_barred(cpu);
     const unsigned length = size < 8 ? size : 8;
     if (!cpu.mmio.take_read(gpa, data, length)) {
       // Not answered yet. An in-kernel device's answer is kept too: a later fragment may need the client, and the
@@ -56,8 +56,8 @@ Result read_mmio(Cpu& cpu, Gpa gpa, u8* data, unsigned size) {
 }
 
 Result write_mmio(Cpu& cpu, Gpa gpa, const u8* data, unsigned size) {
-  if (cpu.mmio.barred()) return refuse_barred(cpu);
   while (size) {
+    if (cpu.mmio.barred()) return refuse_barred(cpu);
     const unsigned length = size < 8 ? size : 8;
     if (!(power_of_two(length) && cpu.machine.mmio_write(gpa, data, length)) &&
         !cpu.mmio.queue_write(gpa, data, length))

@@ -291,6 +291,21 @@ TEST_F(EmulationFailure, DevicesTakeOnlyWhatTheKernelsEmulatorKnows) {
   }
 }
 
+TEST_F(EmulationFailure, RamTakesAll) {
+  auto& vcpu = add_vcpu();
+  // Nothing but [rbx] is accessed before: the TLB does not have it.
+  start(vcpu, {
+                  0x0f, 0xae, 0x5b, 0x40,  // stmxcsr [rbx + 0x40]
+                  0xd9, 0x03,              // fld dword [rbx]
+                  0x0f, 0x00, 0x6b, 0x44,  // verw [rbx + 0x44]
+                  0xf4,                    // hlt
+              });
+  store<u64>(tables_at + 0x2008, 0x20'0083);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(load<u32>(device_gva + 0x40), 0x1f80u);
+}
+
 TEST_F(EmulationFailure, TheKernelsIsTheClientsAndThenAnInvalidOpcode) {
   auto& vcpu = add_vcpu();
   start(vcpu, {0xd9, 0x03});  // fld dword [rbx]
