@@ -28,6 +28,10 @@ class TranslatorTest : public TestMachine {
     kvm_xcrs xcrs{.nr_xcrs = 1, .flags = 0, .xcrs = {{.xcr = 0, .reserved = 0, .value = 7}}, .padding = {}};
     ASSERT_EQ(vcpu.set_xcrs(xcrs), 0);
   }
+  void make_runnable(vcpu::Vcpu& vcpu) {
+    kvm_mp_state state{.mp_state = KVM_MP_STATE_RUNNABLE};
+    ASSERT_EQ(vcpu.set_mp_state(state), 0);
+  }
   static u64 gs_base() {
     u64 base;
     syscall(SYS_arch_prctl, ARCH_GET_GS, &base);
@@ -143,6 +147,104 @@ TEST_F(TranslatorTest, HostFaultOnRamLeavesTheStateOfItsInstruction) {
   ASSERT_EQ(vcpu.run(), 0);
   EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
   EXPECT_EQ(load<u32>(0x9000), 1u);
+}
+
+TEST_F(TranslatorTest, AnotherProcessorsStoreReachesARunningLoop) {
+  auto& looping = add_vcpu();
+  start_long_mode(looping, {
+                               0xc6, 0x04, 0x25, 0x00, 0x90, 0, 0, 0x01,  // mov byte [0x9000], 1
+                               0xeb, 0xfe,                                // jmp to itself
+                               0xf4,                                      // hlt
+                           });
+  auto& writing = add_vcpu();
+  start_long_mode(writing, {0xc6, 0x04, 0x25, 0x00, 0x90, 0, 0, 0x01, 0xeb, 0xfe, 0xf4});
+  make_runnable(writing);
+  kvm_regs at_writer = regs(1);
+  at_writer.rip = 0x20000;
+  ASSERT_EQ(writing.set_regs(at_writer), 0);
+  put(0x20000, {
+                   0xc6, 0x04, 0x25, 0x09, 0x00, 0x01, 0, 0x00,  // mov byte [0x10009], 0: jmp to the next
+                   0xf4,                                         // hlt
+               });
+  std::thread loop([&] { EXPECT_EQ(looping.run(), 0); });
+  EXPECT_TRUE(eventually([&] { return __atomic_load_n(ram + 0x9000, __ATOMIC_ACQUIRE) == 1; }));
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));  // until it runs in a block of its own
+  EXPECT_EQ(writing.run(), 0);
+  EXPECT_EQ(run(1).exit_reason, KVM_EXIT_HLT);
+  std::atomic<bool> ended{false};
+  std::thread watchdog([&] {
+    if (!eventually([&] { return ended.load(); })) {
+      ADD_FAILURE() << "still in the loop";
+      set_immediate_exit();
+      looping.wake();
+    }
+  });
+  loop.join();
+  ended = true;
+  watchdog.join();
+  EXPECT_EQ(regs().rip, code_at + 11);
+}
+
+TEST_F(TranslatorTest, CodeWrittenElsewhereRunsBehindASerializingInstruction) {
+  constexpr u32 rounds = 300;
+  auto& caller = add_vcpu();
+  start_long_mode(caller, {
+                              0xbd, 0x01, 0,    0,    0,           // mov ebp, 1
+                              0x39, 0x2c, 0x25, 0x00, 0x90, 0, 0,  // wait: cmp [0x9000], ebp
+                              0x75, 0xf7,                          // jne wait
+                              0x31, 0xc0,                          // xor eax, eax
+                              0x0f, 0xa2,                          // cpuid
+                              0xe8, 0xe9, 0x0f, 0x02, 0,           // call 0x31000
+                              0x39, 0xe8,                          // cmp eax, ebp
+                              0x75, 0x11,                          // jne out
+                              0x89, 0x2c, 0x25, 0x40, 0x90, 0, 0,  // mov [0x9040], ebp
+                              0xff, 0xc5,                          // inc ebp
+                              0x81, 0xfd, 0x2d, 0x01, 0,    0,     // cmp ebp, 301
+                              0x75, 0xd7,                          // jne wait
+                              0xf4,                                // out: hlt
+                          });
+  auto& writer = add_vcpu();
+  kvm_sregs sregs;
+  ASSERT_EQ(caller.get_sregs(sregs), 0);
+  ASSERT_EQ(writer.set_sregs(sregs), 0);
+  make_runnable(writer);
+  kvm_regs at_writer{};
+  at_writer.rip = 0x20000;
+  at_writer.rsp = stack_top - 0x1000;
+  at_writer.rflags = 2;
+  ASSERT_EQ(writer.set_regs(at_writer), 0);
+  put(0x31000, {0xb8, 0, 0, 0, 0, 0xc3});  // mov eax, imm32 ; ret
+  put(0x20000, {
+                   0xbd, 0x01, 0,    0,    0,              // mov ebp, 1
+                   0x89, 0x2c, 0x25, 0x01, 0x10, 0x03, 0,  // again: mov [0x31001], ebp
+                   0x89, 0x2c, 0x25, 0x00, 0x90, 0,    0,  // mov [0x9000], ebp
+                   0x39, 0x2c, 0x25, 0x40, 0x90, 0,    0,  // wait: cmp [0x9040], ebp
+                   0x75, 0xf7,                             // jne wait
+                   0xff, 0xc5,                             // inc ebp
+                   0x81, 0xfd, 0x2d, 0x01, 0,    0,        // cmp ebp, 301
+                   0x75, 0xdf,                             // jne again
+                   0xf4,                                   // hlt
+               });
+  std::atomic<int> running{2};
+  std::thread first([&] {
+    EXPECT_EQ(caller.run(), 0);
+    --running;
+  });
+  std::thread second([&] {
+    EXPECT_EQ(writer.run(), 0);
+    --running;
+  });
+  // When the caller finds old code it halts, and the writer waits for ever.
+  (void)eventually([&] { return running.load() < 2; });
+  if (!eventually([&] { return running.load() == 0; }))
+    for (unsigned n = 0; n < 2; ++n) {
+      __atomic_store_n(&run(n).immediate_exit, 1, __ATOMIC_RELAXED);
+      vcpus[n]->wake();
+    }
+  first.join();
+  second.join();
+  EXPECT_EQ(regs(0).rbp, rounds + 1);
+  EXPECT_EQ(regs(1).rbp, rounds + 1);
 }
 
 }  // namespace

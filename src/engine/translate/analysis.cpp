@@ -49,7 +49,6 @@ bool may_continue(const Decoded& d) {
     case ZYDIS_MNEMONIC_PUSHFQ:
     case ZYDIS_MNEMONIC_RDTSC:
     case ZYDIS_MNEMONIC_RDTSCP:
-    case ZYDIS_MNEMONIC_CPUID:
     case ZYDIS_MNEMONIC_RDMSR:
     case ZYDIS_MNEMONIC_VERW:
     case ZYDIS_MNEMONIC_SWAPGS:

@@ -369,8 +369,7 @@ void Translation::link(s32 target, bool flags_live, unsigned n) {
       a_.load(x86::rcx, offsetof(Context, temporary));
     }
   }
-  if (const Block* block =
-          request_.cache->find(reinterpret_cast<u64>(request_.page) + unsigned(target), request_.mode.number())) {
+  if (const Block* block = request_.cache->find(request_.address + unsigned(target), request_.mode.number())) {
     a_.jump(block->code);
     return;
   }

@@ -7,7 +7,8 @@
 namespace anykvm::engine::translate {
 
 struct BlockRequest {
-  const u8* page;   ///< host address of the page of guest code
+  const u8* page;   ///< the bytes of the page of guest code, which nobody else writes
+  u64 address;      ///< host address that the guest knows it by
   unsigned offset;  ///< of the first instruction
   Mode mode;
   bool vectors_allowed;  ///< CR0, CR4 and XCR0 let vector instructions run; else the reference engine decides

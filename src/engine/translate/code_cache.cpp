@@ -1,6 +1,7 @@
 #include "engine/translate/code_cache.h"
 
 #include <sys/mman.h>
+#include <x86intrin.h>
 
 #include <cstring>
 #include <new>
@@ -127,7 +128,16 @@ void CodeCache::drop(CodePage& page) {
       }
   }
   page.first_block = 0;
+  const u64 now = __rdtsc();
+  if (now - page.since > rewrites_window) {
+    page.since = now;
+    page.rewritten = 0;
+  }
   ++page.rewritten;
+}
+
+bool CodeCache::is_too_lively(const CodePage& page) {
+  return page.rewritten > most_rewrites && __rdtsc() - page.since <= rewrites_window;
 }
 
 void CodeCache::clear() {

@@ -25,7 +25,8 @@ struct PlaceInBlock {
 struct CodePage {
   u64 address = 0;
   u32 first_block = 0;  ///< 0: none
-  u32 rewritten = 0;    ///< how often its blocks had to be dropped
+  u32 rewritten = 0;    ///< how often its blocks had to be dropped since then:
+  u64 since = 0;        ///< TSC
   u64 verified = 0;     ///< the epoch in which the copy was last compared with memory
 };
 
@@ -33,8 +34,9 @@ class CodeCache {
  public:
   static constexpr std::size_t code_bytes = 32u << 20;
   static constexpr u32 max_blocks = 1u << 18, max_pages = 1u << 12;
-  /// A page rewritten more often than this is no longer translated.
+  /// A page rewritten more often than this in about a third of a second is not worth it for the rest of that time.
   static constexpr u32 most_rewrites = 64;
+  static constexpr u64 rewrites_window = 1ull << 30;  ///< TSC ticks
 
   CodeCache();
   ~CodeCache();
@@ -55,6 +57,8 @@ class CodeCache {
   static int instruction_at(const Block& block, const u8* host);
   /// Forgets the blocks of a page.
   void drop(CodePage& page);
+  /// It is rewritten too often to be translated now.
+  static bool is_too_lively(const CodePage& page);
   void clear();
 
   bool is_code(const u8* host) const { return host >= code_ && host < code_ + code_bytes; }

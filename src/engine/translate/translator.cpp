@@ -130,6 +130,7 @@ void Translator::refresh_segments() {
 }
 
 void Translator::page_written(const u8* host) {
+  shared_.written(u64(host) & page_mask);
   CodePage* page = cache_.find_page(u64(host) & page_mask);
   if (!page || !page->first_block) return;
   cache_.drop(*page);
@@ -138,7 +139,8 @@ void Translator::page_written(const u8* host) {
 }
 
 Block* Translator::make_block(CodePage& page, u64 address, Mode mode) {
-  const BlockRequest request{.page = reinterpret_cast<const u8*>(page.address),
+  const BlockRequest request{.page = cache_.copy_of(page),
+                             .address = page.address,
                              .offset = unsigned(address & ~page_mask),
                              .mode = mode,
                              .vectors_allowed = vectors_allowed(),
@@ -159,7 +161,12 @@ Block* Translator::block_at_rip() {
   const u64 address = reinterpret_cast<u64>(where.host);
   for (unsigned attempt = 0; attempt < 2; ++attempt) {
     CodePage* page = cache_.page_for(address & page_mask);
-    if (page && page->rewritten > CodeCache::most_rewrites) return nullptr;
+    if (page && cache_.is_too_lively(*page)) return nullptr;
+    // From now on a store into the page must be noticed: no TLB entry may let one through.
+    if (page && (!page->first_block || page->verified != epoch_) && shared_.watch(page->address)) {
+      cpu_->mmu.flush_all();
+      follow_flushes();
+    }
     if (page && page->first_block && page->verified != epoch_) {
       if (std::memcmp(cache_.copy_of(*page), reinterpret_cast<const void*>(page->address), page_size)) {
         cache_.drop(*page);
@@ -170,9 +177,6 @@ Block* Translator::block_at_rip() {
     Block* block = page ? cache_.find(address, mode_.number()) : nullptr;
     if (page && !block) {
       if (!page->first_block) {
-        // From now on a store into the page must be noticed: no TLB entry may let one through.
-        cpu_->mmu.flush_all();
-        follow_flushes();
         cache_.take_copy(*page);
         page->verified = epoch_;
       }
@@ -199,7 +203,10 @@ bool Translator::step_in_block(u32 where) {
   x86::CpuState& s = cpu_->state;
   s.rip = context_->page_base + (where & 0xffff);
   reference_->step(*cpu_);
-  if (where & step_and_leave) return false;
+  if (where & step_and_leave) {
+    serialized_ = true;
+    return false;
+  }
   refresh_segments();
   return cpu_->exit.kind == ExitKind::none && s.rip == context_->page_base + (where >> 16 & 0x7fff) && translatable() &&
          cpu_->data_privilege == mode_.privilege && !code_dropped_ && cpu_->mmu.flush_count() == flushes_seen_ &&
@@ -221,8 +228,9 @@ bool Translator::recover(void* ucontext) {
 }
 
 void Translator::abandon() {
-  if (in_run_) set_gs_base(callers_gs_base_);
-  in_run_ = false;
+  if (!std::exchange(in_run_, false)) return;
+  set_gs_base(callers_gs_base_);
+  shared_.leave();
 }
 
 void Translator::run(x86::Cpu& cpu) {
@@ -230,6 +238,7 @@ void Translator::run(x86::Cpu& cpu) {
       [](void* self, void* ucontext) { return static_cast<Translator*>(self)->recover(ucontext); }, this);
   callers_gs_base_ = gs_base();
   in_run_ = true;
+  shared_.enter(cpu.attention);
   set_gs_base(u64(context_));
   run_blocks(cpu);
   abandon();
@@ -238,7 +247,10 @@ void Translator::run(x86::Cpu& cpu) {
 void Translator::run_blocks(x86::Cpu& cpu) {
   cpu_ = &cpu;
   cpu.exit = {};
-  cpu.code_watch = {[](void* engine, const u8* host) { static_cast<Translator*>(engine)->page_written(host); }, this};
+  if (cpu.code_watch.engine != this) {
+    cpu.code_watch = {[](void* engine, const u8* host) { static_cast<Translator*>(engine)->page_written(host); }, this};
+    cpu.mmu.flush_all();  // of what was let through before anybody watched
+  }
   context_->state = &cpu.state;
   context_->attention = &cpu.attention;
   context_->link_site = 0;
@@ -252,6 +264,14 @@ void Translator::run_blocks(x86::Cpu& cpu) {
       return;
     }
     code_dropped_ = false;
+    if (shared_.must_flush()) {
+      cpu.mmu.flush_all();
+      shared_.tell_others();
+    }
+    if (shared_.is_stale(std::exchange(serialized_, false))) {
+      ++epoch_;
+      flush_jumps();
+    }
     follow_flushes();
     const unsigned mode_before = mode_.number();
     if (mode_.privilege != cpu.data_privilege) mode_ = {cpu.data_privilege, false};
@@ -267,6 +287,7 @@ void Translator::run_blocks(x86::Cpu& cpu) {
     if (!block) {
       context_->link_site = 0;
       reference_->step(cpu);
+      serialized_ = true;
       if (cpu.exit.kind != ExitKind::none) return;
       continue;
     }

@@ -6,6 +6,7 @@
 
 #include "engine/engine.h"
 #include "engine/translate/code_cache.h"
+#include "engine/translate/shared_code.h"
 #include "engine/translate/stubs.h"
 
 namespace anykvm::engine::translate {
@@ -52,6 +53,8 @@ class Translator final : public Engine {
   u64 flushes_seen_ = 0;
   u64 callers_gs_base_ = 0;
   bool in_run_ = false;
+  SharedCode shared_;
+  bool serialized_ = false;    ///< the guest has executed an instruction that serializes, perhaps
   bool code_dropped_ = false;  ///< the block that runs may be gone
   // What is in use, so that a flush touches only that.
   u32 tlb_used_count_ = 0, jumps_used_count_ = 0;

@@ -1,0 +1,139 @@
+#include "engine/translate/shared_code.h"
+
+#include <sched.h>
+
+#include <cstring>
+
+namespace anykvm::engine::translate {
+
+namespace {
+
+constexpr u8 is_code = 1, is_writable = 2;
+constexpr unsigned most_members = 4096, page_states = 1u << 20, requests_kept = 256;
+constexpr u64 number_bits = page_size - 1;
+
+std::atomic<u8> states[page_states];
+/// Pages that somebody began to watch, each with its number's low bits in those of the address.
+std::atomic<u64> requests[requests_kept];
+std::atomic<u64> request_count{0};
+/// How often a page of code has become writable.
+std::atomic<u64> write_count{0};
+
+std::atomic<u8>& state_of(u64 page) { return states[(page >> 12) % page_states]; }
+
+}  // namespace
+
+/// Outlives its vCPU: others may be about to tell it something.
+struct SharedCode::Member {
+  std::atomic<bool> taken{false};
+  std::atomic<bool> running{false};
+  std::atomic<u32> callers{0};  ///< how many use `attention` just now
+  std::atomic<std::atomic<u32>*> attention{nullptr};
+  std::atomic<u64> served{0};  ///< requests that its TLB knows of
+
+  static Member all[most_members];
+  static std::atomic<unsigned> used;  ///< numbers up to here have been taken at some time
+};
+
+SharedCode::Member SharedCode::Member::all[most_members];
+std::atomic<unsigned> SharedCode::Member::used{0};
+
+SharedCode::~SharedCode() {
+  if (!member_) return;
+  member_->running.store(false);
+  member_->attention.store(nullptr);
+  while (member_->callers.load()) sched_yield();
+  member_->taken.store(false);
+}
+
+void SharedCode::enter(std::atomic<u32>& attention) {
+  if (!member_) [[unlikely]] {
+    for (unsigned n = 0; n < most_members && !member_; ++n) {
+      if (Member::all[n].taken.exchange(true)) continue;
+      member_ = &Member::all[n];
+      unsigned used = Member::used.load();
+      while (used <= n && !Member::used.compare_exchange_weak(used, n + 1)) {
+      }
+    }
+    // Without a place nobody tells it anything: it finds out when something else makes it look.
+    if (!member_) return;
+    member_->attention.store(&attention);
+  }
+  // Either it sees a request from here on, or who makes one sees it run.
+  member_->running.store(true);
+}
+
+void SharedCode::leave() {
+  if (member_) member_->running.store(false, std::memory_order_release);
+}
+
+void SharedCode::tell_others() const {
+  const unsigned used = Member::used.load();
+  for (unsigned n = 0; n < used; ++n) {
+    Member& member = Member::all[n];
+    if (&member == member_ || !member.running.load()) continue;
+    member.callers.fetch_add(1);
+    if (std::atomic<u32>* attention = member.attention.load()) attention->store(1);
+    member.callers.fetch_sub(1);
+  }
+}
+
+void SharedCode::written(u64 page) {
+  own_[own_bit(page) / 64] |= 1ull << own_bit(page) % 64;
+  std::atomic<u8>& state = state_of(page);
+  if (state.load() == is_writable) return;
+  if (state.exchange(is_writable) != is_code) return;
+  write_count.fetch_add(1);
+  tell_others();
+}
+
+bool SharedCode::watch(u64 page) {
+  std::atomic<u8>& state = state_of(page);
+  if (state.load() == is_code || state.exchange(is_code) != is_writable) return false;
+  const u64 number = request_count.fetch_add(1);
+  requests[number % requests_kept].store((page & page_mask) | (number & number_bits));
+  last_watch_ = number + 1;
+  tell_others();
+  return own_[own_bit(page) / 64] >> own_bit(page) % 64 & 1;
+}
+
+bool SharedCode::must_flush() {
+  if (!member_) return false;
+  const u64 count = request_count.load(), served = member_->served.load(std::memory_order_relaxed);
+  if (count == served) [[likely]]
+    return false;
+  bool may_store = count - served > requests_kept;
+  for (u64 number = served; number != count && !may_store; ++number) {
+    const u64 request = requests[number % requests_kept].load();
+    // One that is not there yet, or not any more, may be of any page.
+    may_store =
+        (request & number_bits) != (number & number_bits) || (own_[own_bit(request) / 64] >> own_bit(request) % 64 & 1);
+  }
+  if (may_store) std::memset(own_, 0, sizeof own_);
+  member_->served.store(count);
+  return may_store;
+}
+
+bool SharedCode::settled() const {
+  const unsigned used = Member::used.load();
+  for (unsigned n = 0; n < used; ++n) {
+    const Member& member = Member::all[n];
+    if (&member != member_ && member.running.load() && member.served.load() < last_watch_) return false;
+  }
+  return true;
+}
+
+bool SharedCode::is_stale(bool serialized) {
+  const u64 writes = write_count.load();
+  bool stale = writes != writes_seen_;
+  writes_seen_ = writes;
+  if (last_watch_) [[unlikely]] {
+    // Until the others have served it, a store may slip through behind a comparison.
+    const bool over = settled();
+    stale |= over || serialized;
+    if (over) last_watch_ = 0;
+  }
+  return stale;
+}
+
+}  // namespace anykvm::engine::translate
