@@ -1,7 +1,7 @@
 #include "vm/memory_slots.h"
 
-#include <algorithm>
 #include <cerrno>
+#include <vector>
 
 #include "os/user_memory.h"
 
@@ -27,7 +27,7 @@ std::shared_ptr<std::atomic<u64>[]> new_bitmap(u64 pages, bool all_dirty) {
 
 }  // namespace
 
-MemorySlots::MemorySlots(std::function<void()> flush) : flush_(std::move(flush)), current_(new Snapshot) {}
+MemorySlots::MemorySlots(std::function<void()> flush) : flush_(std::move(flush)), current_(new SlotMap) {}
 
 MemorySlots::~MemorySlots() { delete current_.load(); }
 
@@ -43,12 +43,13 @@ int MemorySlots::set_region(const kvm_userspace_memory_region& region) {
   if (region.memory_size / page_size > max_pages) return -EINVAL;
 
   std::lock_guard lock(mutex_);
-  auto next = std::make_unique<Snapshot>(*current_.load(std::memory_order_relaxed));
-  const auto old = std::ranges::find(*next, id, &MemorySlot::id);
+  const MemorySlot* old = find(id);
+  auto next = std::make_unique<SlotMap>(*current_.load(std::memory_order_relaxed));
 
   if (region.memory_size == 0) {
-    if (old == next->end()) return -EINVAL;
-    next->erase(old);
+    if (!old) return -EINVAL;
+    next->erase(old->base_gfn);
+    base_of_.erase(id);
     publish(std::move(next));
     return 0;
   }
@@ -59,42 +60,44 @@ int MemorySlots::set_region(const kvm_userspace_memory_region& region) {
                   .id = id,
                   .flags = region.flags};
   bool moves = true;
-  if (old != next->end()) {
+  if (old) {
     if (old->host != slot.host || old->pages != slot.pages || ((old->flags ^ slot.flags) & KVM_MEM_READONLY))
       return -EINVAL;
     moves = old->base_gfn != slot.base_gfn;
     if (!moves && old->flags == slot.flags) return 0;
     slot.dirty = old->dirty;
-    next->erase(old);
+    next->erase(old->base_gfn);
   }
   if (moves) {
-    const auto overlaps = [&](const MemorySlot& other) {
-      return other.base_gfn < slot.end_gfn() && slot.base_gfn < other.end_gfn();
-    };
-    if (std::ranges::any_of(*next, overlaps)) return -EEXIST;
+    if (next->overlaps(slot.base_gfn, slot.end_gfn())) return -EEXIST;
     if (slot.end_gfn() - 1 > max_gfn) return -EINVAL;
   }
   if (!(slot.flags & KVM_MEM_LOG_DIRTY_PAGES))
     slot.dirty.reset();
   else if (!slot.dirty)
     slot.dirty = new_bitmap(slot.pages, manual_dirty_log_ & KVM_DIRTY_LOG_INITIALLY_SET);
-  next->insert(std::ranges::upper_bound(*next, slot.base_gfn, {}, &MemorySlot::base_gfn), slot);
+  base_of_[id] = slot.base_gfn;
+  next->insert(std::move(slot));
   publish(std::move(next));
   return 0;
 }
 
-void MemorySlots::publish(std::unique_ptr<Snapshot> next) {
-  std::unique_ptr<const Snapshot> old(current_.exchange(next.release(), std::memory_order_seq_cst));
+void MemorySlots::publish(std::unique_ptr<SlotMap> next) {
+  std::unique_ptr<const SlotMap> old(current_.exchange(next.release(), std::memory_order_seq_cst));
   flush_();
+}
+
+const MemorySlot* MemorySlots::find(u32 id) const {
+  const auto base = base_of_.find(id);
+  if (base == base_of_.end()) return nullptr;
+  u32 hint = 0;
+  return current_.load(std::memory_order_relaxed)->find(base->second, hint);
 }
 
 int MemorySlots::find_logged(u32 id, const MemorySlot*& slot) const {
   if ((id & 0xffff) >= max_slots || id >> 16 != 0) return -EINVAL;
-  const Snapshot& slots = *current_.load(std::memory_order_relaxed);
-  const auto found = std::ranges::find(slots, id, &MemorySlot::id);
-  if (found == slots.end() || !found->dirty) return -ENOENT;
-  slot = &*found;
-  return 0;
+  slot = find(id);
+  return slot && slot->dirty ? 0 : -ENOENT;
 }
 
 void MemorySlots::set_manual_dirty_log(u32 options) {
@@ -144,17 +147,10 @@ int MemorySlots::clear_dirty_log(const kvm_clear_dirty_log& log) {
 }
 
 x86::HostPage MemorySlots::page(Gpa gpa, bool for_write, u32& hint) const {
-  const Snapshot& slots = *current_.load(std::memory_order_acquire);
   const Gfn gfn = gpa / page_size;
-  const auto holds = [gfn](const MemorySlot& slot) { return gfn - slot.base_gfn < slot.pages; };
-  if (hint >= slots.size() || !holds(slots[hint])) {
-    const auto above = std::ranges::upper_bound(slots, gfn, {}, &MemorySlot::base_gfn);
-    if (above == slots.begin()) return {};
-    const auto found = above - 1;
-    if (!holds(*found)) return {};
-    hint = static_cast<u32>(found - slots.begin());
-  }
-  const MemorySlot& slot = slots[hint];
+  const MemorySlot* found = current_.load(std::memory_order_acquire)->find(gfn, hint);
+  if (!found) return {};
+  const MemorySlot& slot = *found;
   const u64 index = gfn - slot.base_gfn;
   x86::HostPage page{slot.host + index * page_size, !(slot.flags & KVM_MEM_READONLY)};
   if (slot.dirty && page.writable) {
@@ -174,7 +170,7 @@ bool MemorySlots::has_page(Gpa gpa) {
 }
 
 bool MemorySlots::contains_host(const void* address) const {
-  return std::ranges::any_of(*current_.load(std::memory_order_acquire), [address](const MemorySlot& slot) {
+  return current_.load(std::memory_order_acquire)->any_of([address](const MemorySlot& slot) {
     return static_cast<u64>(static_cast<const u8*>(address) - slot.host) < slot.pages * page_size;
   });
 }

@@ -14,25 +14,14 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <vector>
+#include <unordered_map>
 
 #include "anykvm/kvm.h"
+#include "vm/slot_map.h"
 #include "x86/machine.h"
 #include "x86/types.h"
 
 namespace anykvm::vm {
-
-struct MemorySlot {
-  Gfn base_gfn = 0;
-  u64 pages = 0;
-  u8* host = nullptr;
-  u32 id = 0;
-  u32 flags = 0;  ///< KVM_MEM_READONLY, KVM_MEM_LOG_DIRTY_PAGES
-  /// One bit per page while dirty pages are logged; shared by the snapshots that contain the slot.
-  std::shared_ptr<std::atomic<u64>[]> dirty;
-
-  Gfn end_gfn() const { return base_gfn + pages; }
-};
 
 class MemorySlots {
  public:
@@ -51,9 +40,6 @@ class MemorySlots {
   /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_DIRTY_LOG_INITIALLY_SET.
   void set_manual_dirty_log(u32 options);
 
-  /// Slots sorted by base_gfn.
-  using Snapshot = std::vector<MemorySlot>;
-
   /// The page at gpa; for_write marks it in the dirty log. `hint` is the caller's last-hit cache (any value).
   /// Only while the caller is in guest mode (or otherwise waited for by `flush`).
   x86::HostPage page(Gpa gpa, bool for_write, u32& hint) const;
@@ -63,14 +49,17 @@ class MemorySlots {
   bool contains_host(const void* address) const;
 
  private:
-  void publish(std::unique_ptr<Snapshot> next);
+  void publish(std::unique_ptr<SlotMap> next);
+  /// With mutex_ held. nullptr: no such slot.
+  const MemorySlot* find(u32 id) const;
   /// With mutex_ held. The slot if it is logged, in `slot`; 0 or -errno.
   int find_logged(u32 id, const MemorySlot*& slot) const;
 
   std::function<void()> flush_;
   std::mutex mutex_;  ///< changes
   u32 manual_dirty_log_ = 0;
-  std::atomic<const Snapshot*> current_;
+  std::unordered_map<u32, Gfn> base_of_;  ///< by ID
+  std::atomic<const SlotMap*> current_;
 };
 
 }  // namespace anykvm::vm
