@@ -11,10 +11,6 @@
 
 namespace anykvm::x86 {
 
-/// AVX-512 is one switch: the engines and x86/xsave must know its state before this is turned on. When on, CPUID and
-/// XCR0 offer what the host has of it.
-inline constexpr bool offer_avx512 = false;
-
 /// XCR0 components that the machine implements and the host CPU has; always includes x87 and SSE.
 u64 supported_xcr0();
 /// IA32_XSS: no supervisor component is implemented.

@@ -32,6 +32,18 @@ constexpr u32 bits(std::initializer_list<Feature> features) {
 /// Leaf 7 EBX facts about the host's x87 unit, which is the guest's: FDP_EXCPTN_ONLY and ZERO_FCS_FDS.
 constexpr u32 x87_facts = 1u << 6 | 1u << 13;
 
+/// AVX-512, which is offered together with its components of XCR0 or not at all.
+constexpr u32 avx512(CpuidWord word) {
+  using enum Feature;
+  switch (word) {
+    case CpuidWord::leaf7_ebx: return bits({avx512f, avx512dq, avx512ifma, avx512cd, avx512bw, avx512vl});
+    case CpuidWord::leaf7_ecx: return bits({avx512vbmi, avx512_vbmi2, avx512_vnni, avx512_bitalg, avx512_vpopcntdq});
+    case CpuidWord::leaf7_edx: return bits({avx512_vp2intersect, avx512_fp16});
+    case CpuidWord::leaf7_1_eax: return bits({avx512_bf16});
+    default: return 0;
+  }
+}
+
 /// Instructions that run on the host's own units: offered when the host CPU has them.
 constexpr u32 native(CpuidWord word) {
   using enum Feature;
@@ -39,13 +51,10 @@ constexpr u32 native(CpuidWord word) {
     case CpuidWord::leaf1_ecx:
       return bits({sse3, pclmulqdq, ssse3, fma, cx16, sse4_1, sse4_2, movbe, popcnt, aes, xsave, avx, f16c, rdrand});
     case CpuidWord::leaf1_edx: return bits({fpu, tsc, cx8, cmov, clflush, mmx, fxsr, sse, sse2});
-    case CpuidWord::leaf7_ebx:
-      return bits({bmi1, avx2, bmi2, erms, rdseed, adx, clflushopt, clwb, sha}) | x87_facts |
-             (offer_avx512 ? 0xdc230000u & ~(1u << 18 | 1u << 19 | 1u << 20 | 1u << 29) : 0);
-    case CpuidWord::leaf7_ecx:
-      return bits({gfni, vaes, vpclmulqdq}) | (offer_avx512 ? 1u << 1 | 1u << 6 | 1u << 11 | 1u << 12 | 1u << 14 : 0);
-    case CpuidWord::leaf7_edx: return bits({fsrm}) | (offer_avx512 ? 1u << 8 | 1u << 23 : 0);
-    case CpuidWord::leaf7_1_eax: return bits({avx_vnni}) | (offer_avx512 ? 1u << 5 : 0);
+    case CpuidWord::leaf7_ebx: return bits({bmi1, avx2, bmi2, erms, rdseed, adx, clflushopt, clwb, sha}) | x87_facts;
+    case CpuidWord::leaf7_ecx: return bits({gfni, vaes, vpclmulqdq});
+    case CpuidWord::leaf7_edx: return bits({fsrm});
+    case CpuidWord::leaf7_1_eax: return bits({avx_vnni});
     case CpuidWord::leafd_1_eax: return bits({xsaveopt, xsavec, xgetbv1, xsaves});
     case CpuidWord::ext1_ecx: return bits({lahf_lm, abm, sse4a, prefetchw, osvw, topoext}) | 1u << 1 /* CmpLegacy */;
     case CpuidWord::ext1_edx: return 1u << 22 /* MMX extensions */;
@@ -75,6 +84,7 @@ class Table {
  public:
   Table() {
     avx_ = supported_xcr0() & xfeature::avx;
+    avx512_ = supported_xcr0() & xfeature::zmm_hi256;
     basic();
     extended();
     kvm();
@@ -89,7 +99,7 @@ class Table {
   }
 
   u32 word(CpuidWord w, u32 from_host) {
-    u32 value = (from_host & native(w)) | provided(w);
+    u32 value = (from_host & (native(w) | (avx512_ ? avx512(w) : 0))) | provided(w);
     // What works on YMM registers goes with XCR0's AVX.
     using enum Feature;
     if (!avx_ && w == CpuidWord::leaf1_ecx) value &= ~bits({avx, fma, f16c});
@@ -220,7 +230,7 @@ class Table {
     add(KVM_CPUID_FEATURES, {.eax = words[unsigned(CpuidWord::kvm_eax)] = paravirt::offered_features});
   }
 
-  bool avx_;
+  bool avx_, avx512_;
 };
 
 const Table& table() {
@@ -232,7 +242,13 @@ const Table& table() {
 
 u64 supported_xcr0() {
   using namespace xfeature;
-  return xsave_layout().supported & (x87 | sse | avx | (offer_avx512 ? opmask | zmm_hi256 | hi16_zmm : 0));
+  static const u64 supported = [] {
+    // Without byte masks and the shorter vectors (the Xeon Phi) it is another instruction set: not offered.
+    constexpr u32 basis = bits({Feature::avx512f, Feature::avx512bw, Feature::avx512vl});
+    const bool avx512 = (host(7).ebx & basis) == basis;
+    return xsave_layout().supported & (x87 | sse | avx | (avx512 ? opmask | zmm_hi256 | hi16_zmm : 0));
+  }();
+  return supported;
 }
 
 std::span<const kvm_cpuid_entry2> supported_cpuid() { return table().entries; }

@@ -70,7 +70,6 @@ struct FpuState {
   alignas(16) u8 x87[512] = {};
   u32 mxcsr = 0x1f80;
   u32 pkru = 0;
-  u64 in_use = 0;  ///< XINUSE: components not in their initial state (a superset is allowed)
 };
 
 /// MSRs whose value is plain CPU state.

@@ -97,7 +97,6 @@ Result Cpu::fxrstor(Gva gva, bool rex_w) {
   apply_x87(*this, restore, rex_w);
   state.fpu.mxcsr = mxcsr;
   if (!fast_fxsave(*this)) apply_xmm(*this, restore);
-  state.fpu.in_use |= xfeature::x87 | xfeature::sse;
   return Result::ok;
 }
 
@@ -190,7 +189,6 @@ Result Cpu::xrstor(Gva gva, u64 mask, bool supervisor, bool rex_w) {
     if (!(loaded >> i & 1)) std::memset(restore.extended[i], 0, sizeof restore.extended[i]);
     load_component(fpu, i, i == 7 ? 16 : count, restore.extended[i]);
   }
-  fpu.in_use = (fpu.in_use & ~requested) | loaded;
   if (fpu.pkru != pkru && state.cr4 & cr4::pke) enter_address_space(false);
   return Result::ok;
 }

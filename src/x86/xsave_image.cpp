@@ -69,7 +69,6 @@ bool xsave_to_fpu(FpuState& fpu, u64 features, std::span<const u8> image) {
   for (unsigned i = 2; i < XsaveLayout::components; ++i) {
     if (area.xstate_bv >> i & 1) load_component(next, i, 16, image.data() + layout.component[i].offset);
   }
-  next.in_use = xsave_in_use(next);
   fpu = next;
   return true;
 }
@@ -99,7 +98,6 @@ void kvm_to_fpu(FpuState& fpu, const kvm_fpu& in) {
   std::memcpy(fpu.x87 + 16, &in.last_dp, 8);
   for (unsigned i = 0; i < 16; ++i) std::memcpy(fpu.vector[i], in.xmm[i], 16);
   fpu.mxcsr = in.mxcsr & xsave_layout().mxcsr_mask;
-  fpu.in_use |= xfeature::x87 | xfeature::sse;
 }
 
 }  // namespace anykvm::x86

@@ -16,7 +16,11 @@ XsaveLayout ask_host() {
   XsaveLayout layout;
   u32 eax, ebx, ecx, edx;
   layout.supported = xfeature::x87 | xfeature::sse;
-  if (__get_cpuid_count(0xd, 0, &eax, &ebx, &ecx, &edx)) layout.supported |= (eax | u64(edx) << 32) & known;
+  // What the host's kernel has turned on: a register file that it does not save is not ours to use.
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx & bit_OSXSAVE) {
+    asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+    layout.supported |= (eax | u64(edx) << 32) & known;
+  }
   layout.component[0] = {0, 160, false};
   layout.component[1] = {xmm_offset, 256, false};
   layout.component[2] = {XsaveLayout::extended_offset, 256, false};  // by architecture

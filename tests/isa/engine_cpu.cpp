@@ -86,7 +86,6 @@ void EngineCpu::load(const HostState& in) {
   for (unsigned n = 0; n < 16; ++n) std::memcpy(s.fpu.vector[n], in.vector[n], 32);
   std::memcpy(s.fpu.x87, in.fx, 160);
   std::memcpy(&s.fpu.mxcsr, in.fx + 24, 4);
-  s.fpu.in_use = 7;
   cpu_.update_mode();
 }
 

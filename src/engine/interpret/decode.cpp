@@ -14,24 +14,6 @@ namespace {
 
 Result too_long(Context& c, const Instruction&) { return c.cpu.gp(); }
 
-/// One decoder per mode, made once.
-const ZydisDecoder& decoder_for(unsigned code_bits) {
-  struct Decoders {
-    ZydisDecoder long64, legacy32, legacy16;
-    Decoders() {
-      ZydisDecoderInit(&long64, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
-      ZydisDecoderInit(&legacy32, ZYDIS_MACHINE_MODE_LONG_COMPAT_32, ZYDIS_STACK_WIDTH_32);
-      ZydisDecoderInit(&legacy16, ZYDIS_MACHINE_MODE_LONG_COMPAT_16, ZYDIS_STACK_WIDTH_16);
-      for (ZydisDecoder* decoder : {&long64, &legacy32, &legacy16}) {
-        ZydisDecoderEnableMode(decoder, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
-        ZydisDecoderEnableMode(decoder, ZYDIS_DECODER_MODE_KNC, ZYAN_FALSE);
-      }
-    }
-  };
-  static const Decoders decoders;
-  return code_bits == 64 ? decoders.long64 : code_bits == 32 ? decoders.legacy32 : decoders.legacy16;
-}
-
 s8 gpr_number(ZydisRegister reg) {
   if (reg == ZYDIS_REGISTER_NONE) return Instruction::no_register;
   if (reg == ZYDIS_REGISTER_RIP || reg == ZYDIS_REGISTER_EIP) return Instruction::rip_relative;
@@ -53,8 +35,10 @@ x86::SegmentName segment_of(ZydisRegister reg) {
 
 void fill_operands(const Decoded& d, Instruction& out) {
   unsigned registers = 0;
-  for (unsigned n = 0; n < d.instruction.operand_count_visible; ++n) {
+  for (unsigned n = 0; n < d.instruction.operand_count; ++n) {
     const ZydisDecodedOperand& operand = d.operands[n];
+    if (operand.visibility == ZYDIS_OPERAND_VISIBILITY_HIDDEN && !(d.is_memory(n) && is_mask_move(d.mnemonic())))
+      continue;
     switch (operand.type) {
       case ZYDIS_OPERAND_TYPE_REGISTER:
         if (registers < 2) {
@@ -126,7 +110,7 @@ Unit unit_of(const Decoded& d) {
     default: break;
   }
   if (vector) return Unit::sse;
-  if (d.instruction.meta.isa_ext == ZYDIS_ISA_EXT_X87) return Unit::x87;
+  if (is_x87_instruction(d.instruction)) return Unit::x87;
   return Unit::integer;
 }
 
@@ -134,8 +118,7 @@ DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Ins
   Decoded d;
   out = Instruction{};
   out.code_bits = u8(code_bits);
-  const ZyanStatus status =
-      ZydisDecoderDecodeFull(&decoder_for(code_bits), bytes, available, &d.instruction, d.operands);
+  const ZyanStatus status = decode_instruction(bytes, available, code_bits, d);
   if (!ZYAN_SUCCESS(status)) {
     if (status == ZYDIS_STATUS_NO_MORE_DATA && available < 15) return DecodeStatus::needs_more;
     out.length = u8(available < 15 ? available : 15);
@@ -154,7 +137,7 @@ DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Ins
   out.unit = unit_of(d);
 
   for (const auto select : {select_move, select_stack, select_branch, select_string, select_io, select_decimal,
-                            select_system, select_state, select_masked}) {
+                            select_system, select_state, select_gather}) {
     out.handler = select(d, out);
     if (!out.handler) continue;
     if (!may_reach_devices(d, out.unit)) out.behind_bar = std::exchange(out.handler, without_devices);

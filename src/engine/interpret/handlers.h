@@ -3,25 +3,10 @@
 // stands beside its select_*, in the file of the chapter.
 #pragma once
 
-#include <Zydis/Zydis.h>
-
 #include "engine/interpret/instruction.h"
+#include "engine/native/decoded.h"
 
 namespace anykvm::engine {
-
-/// An instruction as Zydis decodes it.
-struct Decoded {
-  ZydisDecodedInstruction instruction;
-  ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
-
-  ZydisMnemonic mnemonic() const { return instruction.mnemonic; }
-  bool is_register(unsigned n) const { return operands[n].type == ZYDIS_OPERAND_TYPE_REGISTER; }
-  bool is_memory(unsigned n) const { return operands[n].type == ZYDIS_OPERAND_TYPE_MEMORY; }
-  bool is_immediate(unsigned n) const { return operands[n].type == ZYDIS_OPERAND_TYPE_IMMEDIATE; }
-  ZydisRegisterClass register_class(unsigned n) const { return ZydisRegisterGetClass(operands[n].reg.value); }
-  unsigned register_id(unsigned n) const { return unsigned(ZydisRegisterGetId(operands[n].reg.value)); }
-  unsigned bytes(unsigned n) const { return operands[n].size / 8; }
-};
 
 Handler select_move(const Decoded&, Instruction&);    ///< MOV, MOVZX, LEA, XLAT, NOP ...
 Handler select_stack(const Decoded&, Instruction&);   ///< PUSH, POP, ENTER, LEAVE, PUSHF ...
@@ -34,7 +19,7 @@ Handler select_divide(const Decoded&, Instruction&, std::span<u8> code);  ///< D
 Handler select_decimal(const Decoded&, Instruction&);  ///< AAA ... DAS, AAM, AAD, SALC, BOUND, ARPL: legacy modes only
 Handler select_system(const Decoded&, Instruction&);   ///< control registers, descriptor tables, MSRs, CPUID ...
 Handler select_state(const Decoded&, Instruction&);    ///< FXSAVE, XSAVE ..., XGETBV, MXCSR, VZEROALL, FWAIT
-Handler select_masked(const Decoded&, Instruction&);   ///< MASKMOV, VMASKMOV, VPMASKMOV, gathers
+Handler select_gather(const Decoded&, Instruction&);   ///< gathers, scatters
 Handler select_native(const Decoded&, Instruction&, std::span<u8> code);  ///< everything the host CPU executes for us
 
 /// A string instruction's source segment, which a prefix may override; ES:rDI cannot be.
@@ -49,6 +34,9 @@ x86::Result check_unit(Context&, const Instruction&);
 /// Where the vendors differ, the guest sees the host's behaviour.
 bool host_is_amd();
 
+/// Whether the host CPU has the instruction. What the guest's CPUID leaves out but the host has runs, as under hardware
+/// virtualisation.
+bool host_has(const Decoded&);
 /// Whether the host CPU may execute it for the guest: it only computes, and the host has it.
 bool runs_natively(const Decoded&);
 /// Whether a memory operand of the instruction may lie in a device.
@@ -58,6 +46,13 @@ x86::Result without_devices(Context&, const Instruction&);
 /// What the memory operand's address must be a multiple of, or 0.
 u8 required_alignment(const Decoded&, Unit unit, unsigned memory_bytes);
 Unit unit_of(const Decoded&);
+
+/// Executes the instruction's native code on its memory operand at `memory`. fault: an unmasked SIMD exception.
+x86::Result run_native(Context&, const Instruction&, void* memory);
+
+/// Whether a mask chooses which elements of its memory operand it accesses, and how such an instruction is executed.
+bool is_masked(const Decoded&);
+x86::Result masked_memory(Context&, const Instruction&);
 
 /// Emits native code for the instruction and points out.native at it.
 bool make_native(const Decoded&, Instruction& out, std::span<u8> code);

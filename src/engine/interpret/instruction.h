@@ -2,6 +2,7 @@
 #pragma once
 
 #include "anykvm/kvm.h"
+#include "engine/interpret/masked_operand.h"
 #include "engine/native/native_code.h"
 #include "x86/cpu.h"
 
@@ -10,6 +11,7 @@ namespace anykvm::engine {
 /// What an instruction in flight knows besides the CPU.
 struct Context {
   x86::Cpu& cpu;
+  const ProbePages& probe_pages;
   u64 next_rip;              ///< behind the instruction; a branch changes it
   bool x87_touched = false;  ///< the host's x87 unit holds guest values
   // For instructions that are looked at closely (Interpreter::execute):

@@ -79,6 +79,7 @@ class Interpreter final : public Engine {
 
   Instruction* slots_;  ///< mapped, so that an unused cache costs no memory
   u8* code_;            ///< native code of the slot of the same number
+  ProbePages probe_pages_;
 };
 
 inline Privilege fetch_privilege(const Cpu& cpu) { return cpu.state.cpl == 3 ? Privilege::user : cpu.system_privilege; }
@@ -203,7 +204,7 @@ void Interpreter::execute(Cpu& cpu) {
   static constexpr u32 masked_mxcsr = 0x1f80;
   std::memcpy(cpu.state.fpu.x87 + 24, &masked_mxcsr, sizeof masked_mxcsr);
   const HostControlWords host;
-  Context context{.cpu = cpu, .next_rip = 0};
+  Context context{.cpu = cpu, .probe_pages = probe_pages_, .next_rip = 0};
   cpu.exit = {};
   cpu.mmio.begin_instruction();
   if (cpu.debug_exit_pending) [[unlikely]] {  // behind an instruction whose port or device the client has served

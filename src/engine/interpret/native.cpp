@@ -30,19 +30,9 @@ void set_x87_pointers(Context& c, const Instruction& i, Gva operand) {
   if (i.has_memory) std::memcpy(image + 16, &operand, 8);
 }
 
-void note_use(Context& c, const Instruction& i) {
-  namespace xf = x86::xfeature;
-  switch (i.unit) {
-    case Unit::integer: break;
-    case Unit::x87:
-    case Unit::mmx:
-      c.cpu.state.fpu.in_use |= xf::x87 | xf::sse;
-      c.x87_touched = true;
-      break;
-    case Unit::sse: c.cpu.state.fpu.in_use |= xf::sse; break;
-    case Unit::avx: c.cpu.state.fpu.in_use |= xf::sse | xf::avx; break;
-    case Unit::avx512: c.cpu.state.fpu.in_use |= xf::sse | xf::avx | xf::opmask | xf::zmm_hi256 | xf::hi16_zmm; break;
-  }
+/// The host's x87 unit holds guest values until the engine returns.
+void note_x87(Context& c, const Instruction& i) {
+  if (i.unit == Unit::x87 || i.unit == Unit::mmx) c.x87_touched = true;
 }
 
 /// Runs the code where some SIMD exception is unmasked: with all masked, and undone if an unmasked one came up. A host
@@ -69,12 +59,16 @@ Result run_unmasked(Context& c, const Instruction& i, void* memory) {
   return Result::ok;
 }
 
-Result run(Context& c, const Instruction& i, void* memory) {
+}  // namespace
+
+Result run_native(Context& c, const Instruction& i, void* memory) {
   if (i.uses_mxcsr && (c.cpu.state.fpu.mxcsr & mxcsr_masks) != mxcsr_masks) [[unlikely]]
     return run_unmasked(c, i, memory);
   i.native(&c.cpu.state, memory);
   return Result::ok;
 }
+
+namespace {
 
 Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
   Gva gva;
@@ -100,8 +94,8 @@ Result integer_memory(Context& c, const Instruction& i) {
 }
 Result unit_register(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
-  ANYKVM_TRY(run(c, i, nullptr));
-  note_use(c, i);
+  ANYKVM_TRY(run_native(c, i, nullptr));
+  note_x87(c, i);
   if (i.moves_x87_pointers) set_x87_pointers(c, i, 0);
   return Result::ok;
 }
@@ -109,8 +103,8 @@ Result unit_memory(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
   x86::Operand operand;
   ANYKVM_TRY(open_memory(c, i, operand));
-  ANYKVM_TRY(run(c, i, operand.host));
-  note_use(c, i);
+  ANYKVM_TRY(run_native(c, i, operand.host));
+  note_x87(c, i);
   c.cpu.close_operand(operand, i.use);
   if (i.moves_x87_pointers) set_x87_pointers(c, i, operand.gva);
   return Result::ok;
@@ -135,7 +129,7 @@ Result x87_image(Context& c, const Instruction& i) {
     ANYKVM_TRY(c.cpu.read(gva, image, i.memory_bytes));
   }
   i.native(&c.cpu.state, image);
-  note_use(c, i);
+  note_x87(c, i);
   return writes ? c.cpu.write(gva, image, i.memory_bytes) : Result::ok;
 }
 
@@ -164,6 +158,7 @@ bool computes(const Decoded& d) {
     case ZYDIS_CATEGORY_EXPAND:
     case ZYDIS_CATEGORY_FCMOV:
     case ZYDIS_CATEGORY_FLAGOP:
+    case ZYDIS_CATEGORY_FP16:
     case ZYDIS_CATEGORY_GFNI:
     case ZYDIS_CATEGORY_IFMA:
     case ZYDIS_CATEGORY_KMASK:
@@ -199,8 +194,37 @@ bool computes(const Decoded& d) {
          d.instruction.encoding != ZYDIS_INSTRUCTION_ENCODING_3DNOW;
 }
 
-/// Whether the host CPU has the instruction: what it lacks must not reach it. (What the guest's CPUID leaves out but
-/// the host has runs, as under hardware virtualisation.)
+/// AVX-512 comes in parts. (Zydis names a part's scalar and shorter vector forms one after the other.)
+bool host_has_avx512(ZydisISASet set) {
+  using x86::Feature;
+  static constexpr struct {
+    ZydisISASet first, last;
+    Feature feature, also = Feature::avx512f;
+  } parts[] = {
+      {ZYDIS_ISA_SET_AVX512F_128, ZYDIS_ISA_SET_AVX512F_SCALAR, Feature::avx512f},
+      {ZYDIS_ISA_SET_AVX512BW_128, ZYDIS_ISA_SET_AVX512BW_KOP, Feature::avx512bw},
+      {ZYDIS_ISA_SET_AVX512CD_128, ZYDIS_ISA_SET_AVX512CD_512, Feature::avx512cd},
+      {ZYDIS_ISA_SET_AVX512DQ_128, ZYDIS_ISA_SET_AVX512DQ_SCALAR, Feature::avx512dq},
+      {ZYDIS_ISA_SET_AVX512_BF16_128, ZYDIS_ISA_SET_AVX512_BF16_512, Feature::avx512_bf16},
+      {ZYDIS_ISA_SET_AVX512_BITALG_128, ZYDIS_ISA_SET_AVX512_BITALG_512, Feature::avx512_bitalg},
+      {ZYDIS_ISA_SET_AVX512_FP16_128, ZYDIS_ISA_SET_AVX512_FP16_SCALAR, Feature::avx512_fp16},
+      {ZYDIS_ISA_SET_AVX512_GFNI_128, ZYDIS_ISA_SET_AVX512_GFNI_512, Feature::avx512f, Feature::gfni},
+      {ZYDIS_ISA_SET_AVX512_IFMA_128, ZYDIS_ISA_SET_AVX512_IFMA_512, Feature::avx512ifma},
+      {ZYDIS_ISA_SET_AVX512_VAES_128, ZYDIS_ISA_SET_AVX512_VAES_512, Feature::avx512f, Feature::vaes},
+      {ZYDIS_ISA_SET_AVX512_VBMI2_128, ZYDIS_ISA_SET_AVX512_VBMI2_512, Feature::avx512_vbmi2},
+      {ZYDIS_ISA_SET_AVX512_VBMI_128, ZYDIS_ISA_SET_AVX512_VBMI_512, Feature::avx512vbmi},
+      {ZYDIS_ISA_SET_AVX512_VNNI_128, ZYDIS_ISA_SET_AVX512_VNNI_512, Feature::avx512_vnni},
+      {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_128, ZYDIS_ISA_SET_AVX512_VP2INTERSECT_512, Feature::avx512_vp2intersect},
+      {ZYDIS_ISA_SET_AVX512_VPCLMULQDQ_128, ZYDIS_ISA_SET_AVX512_VPCLMULQDQ_512, Feature::avx512f, Feature::vpclmulqdq},
+      {ZYDIS_ISA_SET_AVX512_VPOPCNTDQ_128, ZYDIS_ISA_SET_AVX512_VPOPCNTDQ_512, Feature::avx512_vpopcntdq},
+  };
+  for (const auto& part : parts)
+    if (set >= part.first && set <= part.last) return x86::supports(part.feature) && x86::supports(part.also);
+  return false;  // of the Xeon Phi
+}
+
+}  // namespace
+
 bool host_has(const Decoded& d) {
   using x86::Feature, x86::supports;
   switch (d.instruction.meta.isa_ext) {
@@ -213,9 +237,10 @@ bool host_has(const Decoded& d) {
     case ZYDIS_ISA_EXT_ADOX_ADCX: return supports(Feature::adx);
     case ZYDIS_ISA_EXT_AES: return supports(Feature::aes);
     case ZYDIS_ISA_EXT_AVX: return supports(Feature::avx);
-    case ZYDIS_ISA_EXT_AVX2: return supports(Feature::avx2);
+    case ZYDIS_ISA_EXT_AVX2:
+    case ZYDIS_ISA_EXT_AVX2GATHER: return supports(Feature::avx2);
     case ZYDIS_ISA_EXT_AVX512EVEX:
-    case ZYDIS_ISA_EXT_AVX512VEX: return supports(Feature::avx512f);
+    case ZYDIS_ISA_EXT_AVX512VEX: return host_has_avx512(d.instruction.meta.isa_set);
     case ZYDIS_ISA_EXT_AVXAES: return supports(Feature::avx) && supports(Feature::aes);
     case ZYDIS_ISA_EXT_AVX_VNNI: return supports(Feature::avx_vnni);
     case ZYDIS_ISA_EXT_BMI1: return supports(Feature::bmi1);
@@ -238,8 +263,6 @@ bool host_has(const Decoded& d) {
     default: return false;
   }
 }
-
-}  // namespace
 
 bool host_is_amd() {
   static const bool amd = [] {
@@ -353,6 +376,7 @@ Handler select_native(const Decoded& d, Instruction& out, std::span<u8> code) {
     out.immediate = (d.instruction.opcode & 7) << 8 | out.bytes[d.instruction.raw.modrm.offset];
   }
   if (!out.has_memory) return unit_register;
+  if (is_masked(d)) return masked_memory;
   return out.memory_bytes > 64 ? x87_image : unit_memory;
 }
 

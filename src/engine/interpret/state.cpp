@@ -1,6 +1,7 @@
 // Moving the floating-point and vector state as a whole: FXSAVE, XSAVE and their kin, MXCSR, XCR0, VZEROUPPER, FWAIT.
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
+#include "x86/xsave.h"
 
 namespace anykvm::engine {
 namespace {
@@ -67,7 +68,7 @@ Result get_extended_control(Context& c, const Instruction&) {
   if (!(c.cpu.state.cr4 & cr4::osxsave)) return c.cpu.ud();
   const u32 index = u32(c.cpu.state.gpr[rcx]);
   if (index > 1 || (index == 1 && !c.cpu.cpuid.has(x86::Feature::xgetbv1))) return c.cpu.gp();
-  const u64 value = index ? c.cpu.state.xcr0 & c.cpu.state.fpu.in_use : c.cpu.state.xcr0;
+  const u64 value = index ? c.cpu.state.xcr0 & x86::xsave_in_use(c.cpu.state.fpu) : c.cpu.state.xcr0;
   c.cpu.state.gpr[rax] = u32(value);
   c.cpu.state.gpr[rdx] = value >> 32;
   return Result::ok;
@@ -84,7 +85,6 @@ Result load_mxcsr(Context& c, const Instruction& i) {
   ANYKVM_TRY(read_memory(c, i, 4, value));
   if (value >> 16) return c.cpu.gp();
   c.cpu.state.fpu.mxcsr = u32(value);
-  c.cpu.state.fpu.in_use |= x86::xfeature::sse;
   return Result::ok;
 }
 Result store_mxcsr(Context& c, const Instruction& i) {

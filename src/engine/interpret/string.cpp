@@ -171,8 +171,9 @@ Result compare_strings(Context& c, const Instruction& i) {
     u64 left = 0, right = 0;
     ANYKVM_TRY(source_address(c, i, i.operand_bytes, left_at));
     ANYKVM_TRY(destination_address(c, i, i.operand_bytes, Access::read, right_at));
-    ANYKVM_TRY(c.cpu.read(left_at, &left, i.operand_bytes));
+    // The destination first: where both fault, processors report that one.
     ANYKVM_TRY(c.cpu.read(right_at, &right, i.operand_bytes));
+    ANYKVM_TRY(c.cpu.read(left_at, &left, i.operand_bytes));
     c.cpu.state.arithmetic = compare(left, right, i.operand_bytes);
     advance(c, i, rsi, step(c, i));
     advance(c, i, rdi, step(c, i));

@@ -1,11 +1,11 @@
 // Emission of native code for single instructions; see native_code.h.
 #include "engine/native/native_code.h"
 
-#include <Zydis/Zydis.h>
-#include <cpuid.h>
-
 #include <cstddef>
 #include <cstring>
+
+#include "engine/native/decoded.h"
+#include "x86/cpuid.h"
 
 namespace anykvm::engine {
 
@@ -101,7 +101,9 @@ struct Uses {
   u32 gpr = 0, gpr_written = 0;
   u32 vector = 0, vector_written = 0;
   u32 opmask = 0, opmask_written = 0;
-  bool x87 = false, wide_vector = false, memory = false, reads_mxcsr = false;
+  bool x87 = false, wide_vector = false, reads_mxcsr = false;
+  bool memory = false;         ///< there is a memory operand ...
+  bool memory_in_rdi = false;  ///< ... which only RDI can name
   bool conditional_flags = false;
 };
 
@@ -128,7 +130,7 @@ bool rounds(ZydisMnemonic mnemonic) {
 /// false: an operand that cannot be handed to the host.
 bool collect(const ZydisDecodedInstruction& instruction, std::span<const ZydisDecodedOperand> operands, Uses& uses) {
   uses.reads_mxcsr = rounds(instruction.mnemonic);
-  const bool is_x87 = instruction.meta.isa_ext == ZYDIS_ISA_EXT_X87;
+  const bool is_x87 = is_x87_instruction(instruction);
   for (const ZydisDecodedOperand& operand : operands) {
     if (!is_x87 && is_floating_point(operand)) uses.reads_mxcsr = true;
     const bool written = operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
@@ -155,10 +157,15 @@ bool collect(const ZydisDecodedInstruction& instruction, std::span<const ZydisDe
                 operand.element_type == ZYDIS_ELEMENT_TYPE_FLOAT16)
               uses.reads_mxcsr = true;
             break;
-          case ZYDIS_REGCLASS_MASK:
-            uses.opmask |= 1u << ZydisRegisterGetId(reg);
-            if (written) uses.opmask_written |= 1u << ZydisRegisterGetId(reg);
+          case ZYDIS_REGCLASS_MASK: {
+            const unsigned number = unsigned(ZydisRegisterGetId(reg));
+            const bool pair = written && (instruction.mnemonic == ZYDIS_MNEMONIC_VP2INTERSECTD ||
+                                          instruction.mnemonic == ZYDIS_MNEMONIC_VP2INTERSECTQ);
+            const u32 bits = pair ? 3u << (number & ~1u) : 1u << number;
+            uses.opmask |= bits;
+            if (written) uses.opmask_written |= bits;
             break;
+          }
           case ZYDIS_REGCLASS_X87:
           case ZYDIS_REGCLASS_MMX: uses.x87 = true; break;
           case ZYDIS_REGCLASS_FLAGS:
@@ -174,8 +181,9 @@ bool collect(const ZydisDecodedInstruction& instruction, std::span<const ZydisDe
         break;
       }
       case ZYDIS_OPERAND_TYPE_MEMORY:
-        if (operand.mem.type == ZYDIS_MEMOP_TYPE_AGEN) return false;
-        if (operand.encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM || uses.memory) return false;
+        if (operand.mem.type != ZYDIS_MEMOP_TYPE_MEM || uses.memory) return false;
+        uses.memory_in_rdi = is_mask_move(instruction.mnemonic);
+        if (operand.encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM && !uses.memory_in_rdi) return false;
         uses.memory = true;
         break;
       case ZYDIS_OPERAND_TYPE_IMMEDIATE:
@@ -243,7 +251,7 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
     if (bytes[i] == 0xf0 || bytes[i] == 0xf2 || bytes[i] == 0xf3) e.byte(bytes[i]);
 
   const bool has_modrm = instruction.attributes & ZYDIS_ATTRIB_HAS_MODRM;
-  const bool memory_form = uses.memory;
+  const bool memory_form = uses.memory && !uses.memory_in_rdi;
   const unsigned modrm_at = has_modrm ? instruction.raw.modrm.offset : 0;
 
   // Where guest RSP is named.
@@ -336,24 +344,16 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
 /// may run as something else.
 bool is_same_instruction(const ZydisDecodedInstruction& instruction, std::span<const ZydisDecodedOperand> operands,
                          std::span<const u8> code, int memory_register, int rsp_register) {
-  static const ZydisDecoder decoder = [] {
-    ZydisDecoder decoder;
-    ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
-    ZydisDecoderEnableMode(&decoder, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
-    ZydisDecoderEnableMode(&decoder, ZYDIS_DECODER_MODE_KNC, ZYAN_FALSE);
-    return decoder;
-  }();
-  ZydisDecodedInstruction emitted;
-  ZydisDecodedOperand emitted_operands[ZYDIS_MAX_OPERAND_COUNT];
-  if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, code.data(), code.size(), &emitted, emitted_operands)))
-    return false;
+  Decoded again;
+  if (!ZYAN_SUCCESS(decode_instruction(code.data(), unsigned(code.size()), 64, again))) return false;
+  const ZydisDecodedInstruction& emitted = again.instruction;
   constexpr ZydisInstructionAttributes same = ZYDIS_ATTRIB_HAS_LOCK;
   if (emitted.length != code.size() || emitted.mnemonic != instruction.mnemonic ||
       emitted.operand_count_visible != instruction.operand_count_visible ||
       (emitted.attributes & same) != (instruction.attributes & same))
     return false;
   for (unsigned n = 0; n < emitted.operand_count_visible; ++n) {
-    const ZydisDecodedOperand &ours = emitted_operands[n], &guests = operands[n];
+    const ZydisDecodedOperand &ours = again.operands[n], &guests = operands[n];
     if (ours.type != guests.type || ours.size != guests.size) return false;
     switch (ours.type) {
       case ZYDIS_OPERAND_TYPE_REGISTER: {
@@ -381,17 +381,6 @@ bool is_same_instruction(const ZydisDecodedInstruction& instruction, std::span<c
 
 }  // namespace
 
-bool host_has_avx512() {
-  static const bool has = [] {
-    unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
-    unsigned low, high;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low & 0xe6) == 0xe6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX512F) && (b & bit_AVX512BW);
-  }();
-  return has;
-}
-
 EmitResult emit_native(const ZydisDecodedInstruction& instruction, std::span<const ZydisDecodedOperand> operands,
                        const u8* bytes, unsigned code_bits, std::span<u8> out) {
   Uses uses;
@@ -407,7 +396,8 @@ EmitResult emit_native(const ZydisDecodedInstruction& instruction, std::span<con
     taken |= 1u << rsp_register;
   }
   if (uses.memory) {
-    memory_register = pick({x86::rsi, x86::rdi, x86::rcx, x86::rdx, x86::rbx}, taken);
+    memory_register =
+        uses.memory_in_rdi ? int(x86::rdi) : pick({x86::rsi, x86::rdi, x86::rcx, x86::rdx, x86::rbx}, taken);
     if (memory_register < 0) return {};
     taken |= 1u << memory_register;
   }
@@ -422,7 +412,7 @@ EmitResult emit_native(const ZydisDecodedInstruction& instruction, std::span<con
     touched = modified | (flags->undefined & arithmetic_flags);
   }
   const bool load_flags = tested || (touched && (modified != arithmetic_flags || uses.conditional_flags));
-  const bool zmm = host_has_avx512();
+  const bool zmm = x86::supports(x86::Feature::avx512f);
   constexpr u32 gpr_at = offsetof(CpuState, gpr), flags_at = offsetof(CpuState, arithmetic);
   constexpr u32 vector_at = offsetof(CpuState, fpu) + offsetof(x86::FpuState, vector);
   constexpr u32 opmask_at = offsetof(CpuState, fpu) + offsetof(x86::FpuState, opmask);
@@ -438,8 +428,8 @@ EmitResult emit_native(const ZydisDecodedInstruction& instruction, std::span<con
     e.push(x86::rax);
     e.bytes(0x0f, 0xae, 0x1c, 0x24);  // stmxcsr [rsp]
   }
-  if (context != x86::rdi) e.move(context, x86::rdi);
-  if (uses.memory && memory_register != x86::rsi) e.move(memory_register, x86::rsi);
+  if (context != x86::rdi) e.move(unsigned(context), x86::rdi);
+  if (uses.memory && memory_register != x86::rsi) e.move(unsigned(memory_register), x86::rsi);
   if (uses.x87) e.state_transfer(1, true, context, x87_at);
   for (unsigned reg = 0; reg < 32; ++reg) {
     if (!(uses.vector >> reg & 1)) continue;

@@ -41,7 +41,4 @@ struct EmitResult {
 EmitResult emit_native(const ZydisDecodedInstruction_& instruction, std::span<const ZydisDecodedOperand_> operands,
                        const u8* bytes, unsigned code_bits, std::span<u8> out);
 
-/// Whether the host has AVX-512, so that zmm registers must be kept whole.
-bool host_has_avx512();
-
 }  // namespace anykvm::engine

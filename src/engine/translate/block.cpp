@@ -19,21 +19,10 @@ struct Guest {
   bool flags_live;   ///< some flag must survive what is added before this instruction
 };
 
-const ZydisDecoder& decoder() {
-  static const ZydisDecoder long64 = [] {
-    ZydisDecoder d;
-    ZydisDecoderInit(&d, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
-    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
-    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_KNC, ZYAN_FALSE);
-    return d;
-  }();
-  return long64;
-}
-
 bool decode_at(const u8* page, unsigned offset, Decoded& d) {
   if (offset >= page_size) return false;
   const unsigned available = unsigned(page_size - offset < 15 ? page_size - offset : 15);
-  return ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder(), page + offset, available, &d.instruction, d.operands));
+  return ZYAN_SUCCESS(decode_instruction(page + offset, available, 64, d));
 }
 
 bool ends_block(Kind kind) { return kind == Kind::step_and_end || kind == Kind::want_vectors || kind >= Kind::jump; }

@@ -11,7 +11,6 @@
 #include <new>
 #include <utility>
 
-#include "engine/native/native_code.h"
 #include "engine/translate/block.h"
 #include "os/fault_guard.h"
 #include "x86/cpuid.h"
@@ -71,7 +70,7 @@ Translator::Translator() : reference_(make_interpreter()) {
       table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
   for (auto& jumps : context_->jumps) jumps.minus_rip[0] = 1;
   Assembler a(cache_.free_code(), cache_.code_end());
-  stubs_ = emit_stubs(a, x86::offer_avx512 && host_has_avx512());
+  stubs_ = emit_stubs(a, x86::supports(x86::Feature::avx512f));
   cache_.keep_code(a.here());
 }
 
