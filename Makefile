@@ -8,7 +8,7 @@ help:
 	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
 	@echo "make test     build, then the unit and system tests"
 	@echo "make build    build/release/bin/anykvm, build/release/lib/libanykvm.so (PRESET=debug|asan|tsan for the others)"
-	@echo "make bench    measure, side by side with QEMU's TCG: one table"
+	@echo "make bench    measure workloads natively, here and in QEMU's TCG: one table (ROUNDS=1 ONLY=sieve,boot: a quick look)"
 	@echo "make asan     all tests under the address and undefined-behaviour sanitizers"
 	@echo "make tsan     the unit tests under the thread sanitizer"
 	@echo "make selftests  the kernel's own KVM selftests on the engine, into docs/selftests.md"
@@ -65,9 +65,12 @@ fuzz-system: packages $(BUILD)/build.ninja
 	@cmake --build $(BUILD) --target oracle_tests
 	@ANYKVM_ORACLE_SEED=$${SEED:-$$(date +%s)} ANYKVM_ORACLE_ROUNDS=$${ROUNDS:-200} $(BUILD)/bin/oracle_tests
 
-bench: packages build guests
+# Some twenty minutes. ROUNDS=1 and ONLY=sieve,boot (bench/workloads.py) for a quick look; OPTIONS: see bench/run --help.
+ROUNDS ?= 5
+bench: packages guests
+	@$(MAKE) PRESET=release build
 	@scripts/setup bench
-	@bench/run
+	@bench/run --rounds $(ROUNDS) --only "$(ONLY)" $(OPTIONS)
 
 format:
 	@scripts/setup format

@@ -1,5 +1,4 @@
-# The loops that are measured: called natively, copied into a guest, linked into the guest that QEMU runs. They move in
-# memory, so they are position-independent, touch only caller-saved registers, and lie in one piece.
+# The loops that are measured, copied into a guest: they are position-independent, touch only caller-saved registers, and lie in one piece.
 # Arguments: %rdi = iterations, %rsi = 128 KiB of scratch memory. bench/loops.h says how many instructions an iteration has.
 
 .section .text.loops, "ax"

@@ -1,7 +1,7 @@
-// What can be measured inside one process, one measurement per run: guest instructions per second, the way from KVM_RUN to a
-// port-I/O exit and back, the life of a thousand virtual machines. Prints "name value" lines; bench/run makes the table.
+// What can be measured inside one process, one measurement per run: guest instructions per second, in loops and where
+// all code is new; the way from KVM_RUN to an exit and back; the life of a thousand virtual machines. Prints "name
+// value" lines; bench/run makes the table. ANYKVM_ENGINE chooses the engine.
 #include <sys/mman.h>
-#include <x86intrin.h>
 
 #include <algorithm>
 #include <chrono>
@@ -23,9 +23,11 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
-// Guest-physical layout: page tables, entry code, the loops, a stack, scratch memory.
-constexpr std::uint64_t memory_size = 2 << 20, page_map = 0x1000, page_directories = 0x2000, page_directory = 0x3000,
-                        entry = 0x4000, loops = 0x8000, stack_top = 0x20000, scratch = 0x40000;
+// Guest-physical layout: page tables, entry code, the loops, a stack, scratch memory, code that runs once; no memory at
+// `device`.
+constexpr std::uint64_t memory_size = 8 << 20, straight = 2 << 20, device = 1 << 30, page_map = 0x1000,
+                        page_directories = 0x2000, page_directory = 0x3000, entry = 0x4000, loops = 0x8000,
+                        stack_top = 0x20000, scratch = 0x40000;
 
 /// Anonymous memory, handed back at the end.
 class Memory {
@@ -86,18 +88,25 @@ class LongModeGuest {
     run_to_port();
   }
 
-  void run_to_port() {
+  void run_to_port() { run_to<anykvm::exits::IoOut>(); }
+  void run_to_device() { run_to<anykvm::exits::MmioRead>(); }
+
+  unsigned char* at(std::uint64_t gpa) { return memory_.at(gpa); }
+
+ private:
+  template <class Expected>
+  void run_to() {
     const anykvm::Exit exit = vcpu_.run();
-    if (!std::holds_alternative<anykvm::exits::IoOut>(exit))
+    if (!std::holds_alternative<Expected>(exit))
       throw std::runtime_error("the guest left with exit " + std::to_string(vcpu_.run_area().exit_reason));
   }
 
- private:
   void prepare(std::span<const unsigned char> code) {
     const auto store = [&](std::uint64_t gpa, std::uint64_t value) { std::memcpy(memory_.at(gpa), &value, 8); };
     store(page_map, page_directories | 7);
     store(page_directories, page_directory | 7);
-    store(page_directory, 0x87);
+    for (std::uint64_t at = 0; at < memory_size; at += 2 << 20) store(page_directory + (at >> 18), at | 0x87);
+    store(page_directories + 8, device | 0x87);  // a page of 1 GiB
     std::ranges::copy(code, memory_.at(entry));
     std::copy(bench_loops_begin, bench_loops_end, memory_.at(loops));
     vm_.set_up_memory_slot(vm_.allocate_memory_slot(memory_size), memory_.at(0), 0);
@@ -111,43 +120,65 @@ class LongModeGuest {
 
 using Loop = void (*)(std::uint64_t, void*);
 
-/// The host's TSC, which is the clock of the guest under QEMU.
-void measure_tsc() {
-  const Clock::time_point begin = Clock::now();
-  const std::uint64_t ticks = __rdtsc();
-  while (seconds_since(begin) < 0.1) continue;
-  std::printf("tsc_mhz %.1f\n", (__rdtsc() - ticks) / seconds_since(begin) / 1e6);
-}
-
-/// Millions of instructions a second, natively and in the guest, from the same number of iterations.
+/// Millions of instructions a second.
 void measure_loop(const char* name, Loop loop, double instructions, std::uint64_t iterations) {
-  Memory memory(128 << 10);
-  const std::uint64_t native_iterations = iterations * 20;
-  loop(native_iterations / 10, memory.at(0));
-  Clock::time_point begin = Clock::now();
-  loop(native_iterations, memory.at(0));
-  std::printf("native_mips_%s %.1f\n", name, native_iterations * instructions / seconds_since(begin) / 1e6);
-
   const unsigned char code[] = {0xff, 0xd0,   // call *%rax
                                 0xe6, 0x10};  // out %al, $0x10
   LongModeGuest guest(code);
   const std::uint64_t function = loops + (reinterpret_cast<const unsigned char*>(loop) - bench_loops_begin);
   guest.call(function, iterations / 10);
-  begin = Clock::now();
+  const Clock::time_point begin = Clock::now();
   guest.call(function, iterations);
   std::printf("guest_mips_%s %.1f\n", name, iterations * instructions / seconds_since(begin) / 1e6);
 }
 
-void measure_exits() {
-  const unsigned char code[] = {0xe6, 0x10,   // out %al, $0x10
-                                0xeb, 0xfc};  // jmp back
-  LongModeGuest guest(code);
+template <class Run>
+double nanoseconds_each(Run run) {
   constexpr int exits = 200'000;
-  guest.call(0, 0);
-  for (int i = 0; i < exits / 10; ++i) guest.run_to_port();
+  for (int i = 0; i < exits / 10; ++i) run();
   const Clock::time_point begin = Clock::now();
-  for (int i = 0; i < exits; ++i) guest.run_to_port();
-  std::printf("exit_ns %.1f\n", seconds_since(begin) * 1e9 / exits);
+  for (int i = 0; i < exits; ++i) run();
+  return seconds_since(begin) * 1e9 / exits;
+}
+
+void measure_exits() {
+  const unsigned char port[] = {0xe6, 0x10,   // out %al, $0x10
+                                0xeb, 0xfc};  // jmp back
+  LongModeGuest port_guest(port);
+  port_guest.call(0, 0);
+  std::printf("port_exit_ns %.1f\n", nanoseconds_each([&] { port_guest.run_to_port(); }));
+
+  const unsigned char mmio[] = {0xe6, 0x10,                    // out %al, $0x10
+                                0xbb, 0x00, 0x00, 0x00, 0x40,  // mov $device, %ebx
+                                0x8b, 0x03,                    // mov (%rbx), %eax
+                                0xeb, 0xfc};                   // jmp back to it
+  LongModeGuest mmio_guest(mmio);
+  mmio_guest.call(0, 0);
+  std::printf("mmio_exit_ns %.1f\n", nanoseconds_each([&] { mmio_guest.run_to_device(); }));
+}
+
+/// Millions of instructions a second where each is met for the first time: 4 MiB of short blocks that compilers might
+/// make.
+void measure_translation() {
+  const unsigned char code[] = {0xff, 0xd0,                     // call *%rax
+                                0xe6, 0x10};                    // out %al, $0x10
+  const unsigned char block[] = {0x48, 0x8b, 0x06,              // mov (%rsi), %rax
+                                 0x48, 0x01, 0xf8,              // add %rdi, %rax
+                                 0x48, 0x8d, 0x54, 0x40, 0x04,  // lea 4(%rax,%rax,2), %rdx
+                                 0x48, 0x89, 0x56, 0x08,        // mov %rdx, 8(%rsi)
+                                 0x85, 0xc9,                    // test %ecx, %ecx
+                                 0x0f, 0xb6, 0xc2,              // movzbl %dl, %eax
+                                 0x83, 0xc1, 0x01,              // add $1, %ecx
+                                 0x48, 0x39, 0xfa,              // cmp %rdi, %rdx
+                                 0x75, 0x00,                    // jne to the next block
+                                 0x90, 0x90, 0x90, 0x90};
+  constexpr int block_instructions = 13, size = 4 << 20;
+  LongModeGuest guest(code);
+  for (int at = 0; at < size; at += sizeof block) std::ranges::copy(block, guest.at(straight + at));
+  *guest.at(straight + size - 1) = 0xc3;
+  const Clock::time_point begin = Clock::now();
+  guest.call(straight, 0);
+  std::printf("translated_mips %.2f\n", size / sizeof block * block_instructions / seconds_since(begin) / 1e6);
 }
 
 struct Footprint {
@@ -202,15 +233,16 @@ void measure_lives() {
 int main(int argc, char** argv) try {
   const std::string what = argc == 2 ? argv[1] : "";
   if (what == "mips") {
-    measure_tsc();
     measure_loop("integer", bench_integer_loop, integer_loop_instructions, 10'000'000);
     measure_loop("memory", bench_memory_loop, memory_loop_instructions, 8'000'000);
   } else if (what == "exits") {
     measure_exits();
+  } else if (what == "translation") {
+    measure_translation();
   } else if (what == "lives") {
     measure_lives();
   } else {
-    std::fprintf(stderr, "usage: anykvm_bench mips|exits|lives\n");
+    std::fprintf(stderr, "usage: anykvm_bench mips|exits|translation|lives\n");
     return 64;
   }
   return 0;
