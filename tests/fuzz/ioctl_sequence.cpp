@@ -15,6 +15,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <iterator>
+#include <semaphore>
+#include <thread>
 #include <vector>
 
 #include "abi/abi.h"
@@ -71,6 +73,65 @@ u64 tail_of(u32 number) {
   }
 }
 
+/// KVM_RUN, ended after a while. Another thread may close the descriptor before it begins.
+void run_vcpu(int fd, kvm_run* run, bool may_be_closed) {
+  long result;
+  {
+    const StopTimer timer(run, run_microseconds);
+    result = abi::ioctl(fd, KVM_RUN, 0);
+  }
+  if (!run) return;
+  const_cast<volatile u8&>(run->immediate_exit) = 0;
+  switch (-result) {
+    case 0:
+    case EINTR:
+    case EAGAIN:
+    case EFAULT:
+    case EINVAL: return;
+    case EBADF:
+    case ENOTTY:  // or the number is another file's
+      if (may_be_closed) return;
+      [[fallthrough]];
+    default: violated("KVM_RUN", result);
+  }
+}
+
+/// A thread that is in KVM_RUN while the other one goes on with its calls: on the same vCPU, on the VM, on what the
+/// vCPU runs on.
+class SecondThread {
+ public:
+  SecondThread() {
+    std::thread([this] { serve(); }).detach();
+  }
+
+  void start(int fd, kvm_run* run) {
+    wait();
+    fd_ = fd;
+    run_ = run;
+    busy_ = true;
+    start_.release();
+  }
+  void wait() {
+    if (!busy_) return;
+    done_.acquire();
+    busy_ = false;
+  }
+
+ private:
+  [[noreturn]] void serve() {
+    for (;;) {
+      start_.acquire();
+      run_vcpu(fd_, run_, true);
+      done_.release();
+    }
+  }
+
+  std::binary_semaphore start_{0}, done_{0};
+  bool busy_ = false;
+  int fd_ = -1;
+  kvm_run* run_ = nullptr;
+};
+
 class Caller {
  public:
   explicit Caller(std::span<const u8> bytes) : input_(bytes) {
@@ -104,6 +165,7 @@ class Caller {
   }
   ~Caller() {
     for (File& file : files_) close_file(file);
+    second_thread().wait();
     for (const int fd : event_fds_) close(fd);
   }
   Caller(const Caller&) = delete;
@@ -155,9 +217,18 @@ class Caller {
   }
 
   static void close_file(File& file) {
-    if (file.run) munmap(file.run, abi::vcpu_mmap_size);
     if (file.fd >= 0) (void)abi::close(file.fd);
+    if (file.run) {
+      second_thread().wait();
+      munmap(file.run, abi::vcpu_mmap_size);
+    }
     file = {};
+  }
+
+  /// Never destroyed: its thread waits for the next input, and the process ends without it.
+  static SecondThread& second_thread() {
+    static SecondThread& thread = *new SecondThread;
+    return thread;
   }
 
   File& any_file() { return files_[input_.below(static_cast<unsigned>(files_.size()))]; }
@@ -202,8 +273,12 @@ class Caller {
         std::memcpy(arena_.argument + (input_.byte() & ~3u), &value, 8);
         return;
       }
-      case 6:
-      case 7: return run(any_file());
+      case 6: return run(any_file());
+      case 7: {
+        const File& file = any_file();
+        if (file.run) second_thread().start(file.fd, file.run);
+        return;
+      }
       case 8: {  // not from the table
         const u32 number = input_.flag() ? _IO(KVMIO, input_.byte()) : input_.take<u32>();
         if ((number & 0xff00) != KVMIO << 8) return;  // the kernel's own are not ours to fuzz
@@ -385,23 +460,7 @@ class Caller {
     std::memcpy(argument + at, &value, sizeof value);
   }
 
-  void run(const File& file) {
-    long result;
-    {
-      const StopTimer timer(file.run, run_microseconds);
-      result = abi::ioctl(file.fd, KVM_RUN, 0);
-    }
-    if (!file.run) return;
-    file.run->immediate_exit = 0;
-    switch (-result) {
-      case 0:
-      case EINTR:
-      case EAGAIN:
-      case EFAULT:
-      case EINVAL: return;
-      default: violated("KVM_RUN", result);
-    }
-  }
+  static void run(const File& file) { run_vcpu(file.fd, file.run, false); }
 
   static inline Arena arena_;
   Input input_;

@@ -1,4 +1,5 @@
-// The corpus once more, in any build: each file is an input that found something, or reaches a corner.
+// The corpus once more, in any build and on every engine: each file is an input that found something, or reaches a
+// corner.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <iterator>
 #include <vector>
 
+#include "engine/engine.h"
 #include "fuzz/input.h"
 
 namespace anykvm::fuzz {
@@ -27,9 +29,16 @@ void replay(const char* name, Target* target) {
   }
 }
 
-TEST(FuzzCorpus, IoctlSequences) { replay("ioctl", ioctl_sequence); }
-TEST(FuzzCorpus, Guests) { replay("guest", guest); }
-TEST(FuzzCorpus, LoaderInputs) { replay("loader", loader); }
+class FuzzCorpus : public testing::TestWithParam<engine::Kind> {
+ protected:
+  FuzzCorpus() { engine::set_default_kind(GetParam()); }
+};
+TEST_P(FuzzCorpus, IoctlSequences) { replay("ioctl", ioctl_sequence); }
+TEST_P(FuzzCorpus, Guests) { replay("guest", guest); }
+INSTANTIATE_TEST_SUITE_P(, FuzzCorpus, testing::Values(engine::Kind::interpret, engine::Kind::translate),
+                         [](const auto& engine) { return engine::name_of(engine.param); });
+
+TEST(FuzzLoader, Corpus) { replay("loader", loader); }
 
 }  // namespace
 }  // namespace anykvm::fuzz

@@ -11,33 +11,44 @@
 namespace anykvm::fuzz {
 namespace {
 
-std::atomic<kvm_run*> running{nullptr};
+thread_local std::atomic<kvm_run*> running{nullptr};
 
 void stop(int) {
   if (kvm_run* run = running.load(std::memory_order_relaxed)) const_cast<volatile u8&>(run->immediate_exit) = 1;
 }
 
-/// One timer for the thread that runs the targets.
-timer_t make_timer() {
-  struct sigaction action {};
-  action.sa_handler = stop;
-  action.sa_flags = SA_ONSTACK;
-  if (sigaction(StopTimer::signal_number(), &action, nullptr) != 0) abort();
-  sigevent event{};
-  event.sigev_notify = SIGEV_THREAD_ID;
-  event.sigev_signo = StopTimer::signal_number();
-  event._sigev_un._tid = static_cast<pid_t>(syscall(SYS_gettid));
-  timer_t timer;
-  if (timer_create(CLOCK_MONOTONIC, &event, &timer) != 0) abort();
-  return timer;
-}
+/// One timer per thread that runs a vCPU.
+class ThreadTimer {
+ public:
+  ThreadTimer() {
+    struct sigaction action {};
+    action.sa_handler = stop;
+    action.sa_flags = SA_ONSTACK;
+    if (sigaction(StopTimer::signal_number(), &action, nullptr) != 0) abort();
+    sigevent event{};
+    event.sigev_notify = SIGEV_THREAD_ID;
+    event.sigev_signo = StopTimer::signal_number();
+    event._sigev_un._tid = static_cast<pid_t>(syscall(SYS_gettid));
+    if (timer_create(CLOCK_MONOTONIC, &event, &timer_) != 0) abort();
+  }
+  ~ThreadTimer() { timer_delete(timer_); }
+  ThreadTimer(const ThreadTimer&) = delete;
+  ThreadTimer& operator=(const ThreadTimer&) = delete;
+
+  void set(u64 ns) {
+    // Again and again: the first may come before the vCPU looks.
+    const timespec time{0, static_cast<long>(ns)};
+    const itimerspec setting{time, time};
+    timer_settime(timer_, 0, &setting, nullptr);
+  }
+
+ private:
+  timer_t timer_;
+};
 
 void set_timer(u64 ns) {
-  static const timer_t timer = make_timer();
-  // Again and again: the first may come before the vCPU looks.
-  const timespec time{0, static_cast<long>(ns)};
-  const itimerspec setting{time, time};
-  timer_settime(timer, 0, &setting, nullptr);
+  thread_local ThreadTimer timer;
+  timer.set(ns);
 }
 
 }  // namespace
