@@ -261,9 +261,19 @@ int Vm::set_tsc_khz(u32 khz) {
 
 // --- capabilities -------------------------------------------------------------------------------------------------
 
+int Vm::enable_manual_dirty_log(u64 options) {
+  constexpr u64 all = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
+  if (options & ~(options & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE ? all : u64{KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}))
+    return -EINVAL;
+  memory_.set_manual_dirty_log(static_cast<u32>(options));
+  return 0;
+}
+
 int Vm::enable_cap(const kvm_enable_cap& cap) {
   if (cap.flags) return -EINVAL;
   const u64 value = cap.args[0];
+  // MemorySlots' own lock is taken before mutex_ where a change of the slots flushes the vCPUs' TLBs.
+  if (cap.cap == KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) return enable_manual_dirty_log(value);
   std::lock_guard lock(mutex_);
   switch (cap.cap) {
     case KVM_CAP_EXCEPTION_PAYLOAD: exception_payload_.store(value != 0); return 0;
@@ -312,13 +322,6 @@ int Vm::enable_cap(const kvm_enable_cap& cap) {
       if (value & ~u64{KVM_X86_DISABLE_VALID_EXITS}) return -EINVAL;
       if (value & KVM_X86_DISABLE_EXITS_HLT) halts_in_guest_.store(true);
       return 0;
-    case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: {
-      constexpr u64 all = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
-      if (value & ~(value & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE ? all : u64{KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}))
-        return -EINVAL;
-      memory_.set_manual_dirty_log(static_cast<u32>(value));
-      return 0;
-    }
     case KVM_CAP_HALT_POLL: return value >> 32 ? -EINVAL : 0;  // a halt never polls, so that any limit is kept
     default: return -EINVAL;
   }

@@ -142,6 +142,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
   void flush_all_tlbs();
   irqchip::Pit* pit();
   void disable_quirks(u64 quirks);
+  int enable_manual_dirty_log(u64 options);
   int create_split_irqchip(u64 reserved_pins);
   template <class Change>
   int change_coalesced_zones(Change change);
