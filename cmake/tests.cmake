@@ -5,6 +5,11 @@
 find_package(GTest REQUIRED)
 include(GoogleTest)
 
+set(TEST_ENVIRONMENT)
+if(ANYKVM_SANITIZE MATCHES thread)
+  set(TEST_ENVIRONMENT TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp)
+endif()
+
 file(GLOB TEST_ROOMS RELATIVE ${CMAKE_SOURCE_DIR}/tests CONFIGURE_DEPENDS tests/*)
 list(REMOVE_ITEM TEST_ROOMS system clients preload)
 foreach(room ${TEST_ROOMS})
@@ -17,7 +22,8 @@ foreach(room ${TEST_ROOMS})
     target_link_libraries(${room}_tests anykvm_machine GTest::gmock GTest::gtest_main)
     target_include_directories(${room}_tests PRIVATE tests)
     target_compile_definitions(${room}_tests PRIVATE ANYKVM_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
-    gtest_discover_tests(${room}_tests DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 120 LABELS "unit;${room}")
+    gtest_discover_tests(${room}_tests DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 120 LABELS "unit;${room}"
+                         ENVIRONMENT "${TEST_ENVIRONMENT}")
   endif()
 endforeach()
 

@@ -128,7 +128,12 @@ TEST(FaultGuard, RunsAFunctionAndReportsAFault) {
   int value = 1;
   EXPECT_TRUE(run_guarded([](void* arg) { *static_cast<int*>(arg) = 2; }, &value));
   EXPECT_EQ(2, value);
-  EXPECT_FALSE(run_guarded([](void* arg) { *static_cast<int*>(arg) = 3; *wild = 1; }, &value));
+  EXPECT_FALSE(run_guarded(
+      [](void* arg) {
+        *static_cast<int*>(arg) = 3;
+        *wild = 1;
+      },
+      &value));
   EXPECT_EQ(3, value);
 }
 
@@ -184,9 +189,11 @@ TEST(FaultGuard, FloatingPointControlIsRestored) {
 TEST(FaultGuard, ThreadsHaveTheirOwnGuards) {
   std::vector<std::thread> threads;
   std::atomic<int> caught{0};
-  for (int i = 0; i < 4; ++i)
-    threads.emplace_back([&] {
-      for (int n = 0; n < 2000; ++n) caught += !run_guarded([](void*) { *wild = 1; }, nullptr);
+  for (std::uintptr_t i = 0; i < 4; ++i)
+    threads.emplace_back([&caught, i] {
+      void* const mine = reinterpret_cast<void*>(16 * (i + 1));  // what is stored to in turns would be a data race
+      for (int n = 0; n < 2000; ++n)
+        caught += !run_guarded([](void* at) { *static_cast<volatile char*>(at) = 1; }, mine);
     });
   for (auto& thread : threads) thread.join();
   EXPECT_EQ(8000, caught);

@@ -10,6 +10,7 @@
 #include <unistd.h>
 #include <utmp.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -81,6 +82,11 @@ struct TerminalTest : ::testing::Test {
     pid = fork();
     ASSERT_GE(pid, 0);
     if (pid == 0) {
+      // A sanitizer would end the program in its own way.
+      for (const char* name : {"ASAN_OPTIONS", "TSAN_OPTIONS"}) {
+        const char* options = std::getenv(name);
+        setenv(name, (std::string(options ? options : "") + ":handle_segv=0").c_str(), 1);
+      }
       login_tty(open(name, O_RDWR));
       execl(command.c_str(), "anykvm", "boot", "--engine", "interpret", "--kernel", kernel.c_str(), "--timeout", "60",
             nullptr);
