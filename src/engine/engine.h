@@ -27,9 +27,6 @@ class Engine {
   virtual void abandon() {}
 
   virtual const char* name() const = 0;
-
-  /// Whether this is the host's address of guest code that the engine lets the host CPU execute. Async-signal-safe.
-  virtual bool is_native_code(const void*) const { return false; }
 };
 
 std::unique_ptr<Engine> make_interpreter();

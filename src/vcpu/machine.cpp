@@ -18,14 +18,8 @@ constexpr u64 apic_base_bits =
 
 x86::HostPage Vcpu::page(Gpa gpa, bool for_write) { return vm_->memory().page(gpa, for_write, slot_hint_); }
 
-/// In a signal handler: whether the guest's memory, or its code on the host CPU, is at fault for what happened here.
-bool Vcpu::accepts_fault(const void* address) {
-  if (vm_->memory().contains_host(address)) return true;
-#ifndef ANYKVM_FUZZ  // which is after exactly this
-  if (engine_->is_native_code(address)) return host_refused_code_ = true;
-#endif
-  return false;
-}
+/// In a signal handler: whether the guest's memory is at fault for what happened here.
+bool Vcpu::accepts_fault(const void* address) const { return vm_->memory().contains_host(address); }
 
 bool Vcpu::mmio_read(Gpa gpa, void* data, unsigned length) {
   if (apic_ && apic_->covers(gpa)) {

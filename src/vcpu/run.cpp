@@ -149,14 +149,11 @@ int Vcpu::enter_guest() {
   return handle_exit();
 }
 
-/// The host did not let the guest's instruction be executed: an access to its memory, or (which should not happen, but
-/// must not take the client down) the instruction itself.
+/// The host did not let the guest's memory be accessed.
 int Vcpu::run_refused() {
   engine_->abandon();
   cpu_.mmio.reset();
-  if (!std::exchange(host_refused_code_, false)) return -EFAULT;
-  cpu_.exit = {.kind = ExitKind::internal_error, .reason = "an instruction that the host refused"};
-  return exit_internal_error();
+  return -EFAULT;
 }
 
 void Vcpu::enter_guarded() {

@@ -167,7 +167,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
         [](void* arg) { static_cast<Call*>(arg)->f(); }, &call, os::HostFaults::all,
         [](void* arg, const void* address) { return static_cast<Call*>(arg)->vcpu.accepts_fault(address); });
   }
-  bool accepts_fault(const void* address);
+  bool accepts_fault(const void* address) const;
 
   // events.cpp
   bool accept_init_sipi();
@@ -249,7 +249,6 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   u32 msr_reason_ = 0;         ///< KVM_MSR_EXIT_REASON_* of the exit
   Gpa vapic_ = 0;              ///< KVM_SET_VAPIC_ADDR; 0: none
   bool has_run_ = false;
-  bool host_refused_code_ = false;           ///< the host CPU raised an exception in the engine's native code
   bool check_state_ = true;                  ///< the client has set registers since the last entry
   bool window_wanted_ = false;               ///< an event waits for the interrupt window to open
   bool tpr_lowered_ = false;                 ///< without a local APIC: KVM_EXIT_SET_TPR is due

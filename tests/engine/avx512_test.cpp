@@ -1,13 +1,6 @@
 // AVX-512 and masked accesses in the reference engine: what a mask leaves out, what a fault in the middle leaves, which
 // control registers allow it. What the instructions compute is the host's; tests/isa compares.
-#include <gtest/gtest.h>
-
-#include <cstring>
-#include <initializer_list>
-
-#include "engine/engine.h"
-#include "x86/cpuid.h"
-#include "x86/long_mode.h"
+#include "engine/one_instruction.h"
 
 namespace anykvm::engine {
 namespace {
@@ -17,47 +10,11 @@ namespace xf = xfeature;
 
 constexpr u64 avx512_components = xf::x87 | xf::sse | xf::avx | xf::opmask | xf::zmm_hi256 | xf::hi16_zmm;
 
-class Avx512Test : public testing::Test, protected LongMode {
+class Avx512Test : public OneInstruction {
  protected:
-  static constexpr Gva data = 0x400000, missing = data + page_size, device = 0x500000, read_only = 0x600000;
-  static constexpr Gpa data_gpa = 0x200000, device_gpa = 0x10000000;
-  static constexpr u8 no_fault = 255;
-
-  Avx512Test() {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
-    cpu.state.cr4 |= cr4::osxsave | cr4::osxmmexcpt;
-    cpu.state.xcr0 = supported_xcr0();
-    for (u8 vector = 0; vector < 32; ++vector) gate(vector, 0x6000 + vector * 16);
-    map(data, data_gpa, pte::p | pte::w);
-    map(device, device_gpa, pte::p | pte::w);
-    map(read_only, data_gpa, pte::p);
-    for (unsigned n = 0; n < page_size; ++n) machine.base[data_gpa + n] = u8(n ^ n >> 8);
-  }
   void SetUp() override {
     if (!supports(Feature::avx512f)) GTEST_SKIP() << "no AVX-512 here";
   }
-
-  /// Executes one instruction; the vector of the exception that it raised, or no_fault.
-  u8 execute(std::initializer_list<u8> bytes) {
-    cpu.state.rip = 0x5000;
-    std::memcpy(machine.base + 0x5000, bytes.begin(), bytes.size());
-    engine->step(cpu);
-    if (cpu.state.rip == 0x5000 + bytes.size()) return no_fault;
-    return u8((cpu.state.rip - 0x6000) / 16);
-  }
-  u8* vector(unsigned n) { return cpu.state.fpu.vector[n]; }
-  u32 element(unsigned n, unsigned index) {
-    u32 value;
-    std::memcpy(&value, vector(n) + index * 4, 4);
-    return value;
-  }
-  void set_element(unsigned n, unsigned index, u32 value) { std::memcpy(vector(n) + index * 4, &value, 4); }
-  u64& opmask(unsigned n) { return cpu.state.fpu.opmask[n]; }
-  u64& rax() { return cpu.state.gpr[x86::rax]; }
-  u8 at(Gva gva) { return machine.base[data_gpa + (gva - data)]; }
-
-  std::unique_ptr<Engine> engine = make_interpreter();
 };
 
 TEST_F(Avx512Test, ReachesAllRegisters) {
@@ -210,7 +167,8 @@ TEST_F(Avx512Test, XsaveHasTheComponents) {
 
 // --- before AVX-512
 // ----------------------------------------------------------------------------------------------------
-class MaskedMoveTest : public Avx512Test {
+class MaskedMoveTest : public OneInstruction {
+ protected:
   void SetUp() override {
     if (!supports(Feature::avx)) GTEST_SKIP() << "no AVX here";
   }
@@ -239,27 +197,6 @@ TEST_F(MaskedMoveTest, MaskmovStoresWhereRdiAndTheSegmentSay) {
   EXPECT_EQ(at(data + 0x100), 0xa0);
   EXPECT_EQ(at(data + 0x101), before);
   EXPECT_EQ(at(data + 0x103), 0xa3);
-}
-
-TEST_F(MaskedMoveTest, FisttpLeavesTheGuestsPointers) {
-  u8* x87 = cpu.state.fpu.x87;
-  EXPECT_EQ(execute({0xdb, 0xe3}), no_fault);  // fninit
-  EXPECT_EQ(execute({0xd9, 0xe8}), no_fault);  // fld1
-  rax() = data + 32;
-  EXPECT_EQ(execute({0xdb, 0x08}), no_fault);  // fisttp dword [rax]
-  EXPECT_EQ(machine.get<u32>(data_gpa + 32), 1u);
-  u64 instruction, operand;
-  std::memcpy(&instruction, x87 + 8, 8);
-  std::memcpy(&operand, x87 + 16, 8);
-  EXPECT_EQ(instruction, 0x5000u);
-  EXPECT_EQ(operand, data + 32);
-}
-
-TEST_F(MaskedMoveTest, SibWithoutABaseIgnoresTheExtensionBit) {
-  cpu.state.gpr[r13] = 0x1000000;
-  cpu.state.gpr[rbx] = data;
-  EXPECT_EQ(execute({0x67, 0x41, 0x8b, 0x04, 0x1d, 0x10, 0, 0, 0}), no_fault);  // mov eax, [ebx + 0x10]
-  EXPECT_EQ(u32(rax()), machine.get<u32>(data_gpa + 16));
 }
 
 }  // namespace

@@ -18,8 +18,9 @@ Result bit_string(Context& c, const Instruction& i) {
   ANYKVM_TRY(linear_address(c, i.segment, offset, bytes, i.use == Cpu::Use::read ? Access::read : Access::write, gva));
   ANYKVM_TRY(c.cpu.open_operand(gva, bytes, i.use, operand));
   reg = u64(bit) & (bytes * 8 - 1);
-  i.native(&c.cpu.state, operand.host);
+  const Result result = run_native(c, i, operand.host);
   reg = given;
+  ANYKVM_TRY(result);
   c.cpu.close_operand(operand, i.use);
   return Result::ok;
 }

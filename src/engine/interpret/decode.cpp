@@ -145,7 +145,6 @@ DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Ins
   }
   out.bars_devices = !may_reach_devices(d, out.unit);
   out.handler = select_bits(d, out, code);
-  if (!out.handler) out.handler = select_divide(d, out, code);
   if (!out.handler) out.handler = select_native(d, out, code);
   if (!out.handler) out.handler = undefined;
   return DecodeStatus::ok;

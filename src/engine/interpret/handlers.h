@@ -14,8 +14,7 @@ Handler select_branch(const Decoded&, Instruction&);  ///< JMP, Jcc, CALL, RET, 
 Handler select_string(const Decoded&, Instruction&);  ///< MOVS, STOS, LODS, CMPS, SCAS
 Handler select_io(const Decoded&, Instruction&);      ///< IN, OUT, INS, OUTS
 Handler select_bits(const Decoded&, Instruction&,
-                    std::span<u8> code);  ///< BT, BTS, BTR, BTC on memory with a register offset
-Handler select_divide(const Decoded&, Instruction&, std::span<u8> code);  ///< DIV, IDIV
+                    std::span<u8> code);               ///< BT, BTS, BTR, BTC on memory with a register offset
 Handler select_decimal(const Decoded&, Instruction&);  ///< AAA ... DAS, AAM, AAD, SALC, BOUND, ARPL: legacy modes only
 Handler select_system(const Decoded&, Instruction&);   ///< control registers, descriptor tables, MSRs, CPUID ...
 Handler select_state(const Decoded&, Instruction&);    ///< FXSAVE, XSAVE ..., XGETBV, MXCSR, VZEROALL, FWAIT
@@ -47,8 +46,13 @@ x86::Result without_devices(Context&, const Instruction&);
 u8 required_alignment(const Decoded&, Unit unit, unsigned memory_bytes);
 Unit unit_of(const Decoded&);
 
-/// Executes the instruction's native code on its memory operand at `memory`. fault: an unmasked SIMD exception.
-x86::Result run_native(Context&, const Instruction&, void* memory);
+/// Raises in the guest what the host raised in its instruction.
+x86::Result host_exception(Context&, const Instruction&);
+/// Lets the host execute the instruction on its memory operand at `memory`. fault: the host raised an exception.
+inline x86::Result run_native(Context& c, const Instruction& i, void* memory) {
+  i.native(&c.cpu.state, memory);
+  return c.host_exception == Context::no_exception ? x86::Result::ok : host_exception(c, i);
+}
 
 /// Whether a mask chooses which elements of its memory operand it accesses, and how such an instruction is executed.
 bool is_masked(const Decoded&);

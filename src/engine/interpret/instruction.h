@@ -14,6 +14,9 @@ struct Context {
   const ProbePages& probe_pages;
   u64 next_rip;              ///< behind the instruction; a branch changes it
   bool x87_touched = false;  ///< the host's x87 unit holds guest values
+  static constexpr u8 no_exception = 0xff;
+  u8 host_exception = no_exception;  ///< the vector of what the host raised in the instruction's native code
+  u8 x87_at_exception[160];          ///< ... and its FXSAVE image then
   // For instructions that are looked at closely (Interpreter::execute):
   bool one_iteration = false;  ///< REP stops behind each element
   u64 start_rip = 0;           ///< of the instruction

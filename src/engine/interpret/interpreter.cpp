@@ -5,6 +5,7 @@
 
 #include <emmintrin.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <cstring>
@@ -13,6 +14,7 @@
 #include "engine/engine.h"
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
+#include "os/fault_guard.h"
 #include "x86/debug.h"
 
 namespace anykvm::engine {
@@ -23,6 +25,7 @@ using x86::Privilege;
 namespace {
 
 constexpr unsigned cache_entries = 1u << 15;
+constexpr std::size_t code_bytes = std::size_t(cache_entries) * native_code_bytes;
 /// How often at least immediate_exit is looked at, in instructions.
 constexpr u64 poll_interval = 64;
 
@@ -49,10 +52,10 @@ class Interpreter final : public Engine {
  public:
   Interpreter()
       : slots_(static_cast<Instruction*>(map(cache_entries * sizeof(Instruction), PROT_READ | PROT_WRITE))),
-        code_(static_cast<u8*>(map(cache_entries * native_code_bytes, PROT_READ | PROT_WRITE | PROT_EXEC))) {}
+        code_(static_cast<u8*>(map(code_bytes, PROT_READ | PROT_WRITE | PROT_EXEC))) {}
   ~Interpreter() override {
     munmap(slots_, cache_entries * sizeof(Instruction));
-    munmap(code_, cache_entries * native_code_bytes);
+    munmap(code_, code_bytes);
   }
   Interpreter(const Interpreter&) = delete;
   Interpreter& operator=(const Interpreter&) = delete;
@@ -60,10 +63,6 @@ class Interpreter final : public Engine {
   void run(Cpu& cpu) override { execute<false>(cpu); }
   void step(Cpu& cpu) override { execute<true>(cpu); }
   const char* name() const override { return "interpret"; }
-  bool is_native_code(const void* address) const override {
-    const auto at = static_cast<const u8*>(address);
-    return at >= code_ && at < code_ + std::size_t(cache_entries) * native_code_bytes;
-  }
 
  private:
   template <bool single>
@@ -76,6 +75,12 @@ class Interpreter final : public Engine {
   static bool begin_closely(Context& context, Result& why_not);
   static void complete(Context& context, const Instruction& instruction, u64 flags, u8 shadow);
   static bool fault(Cpu& cpu, const Instruction* instruction);
+  /// In a signal handler: lets native code in which the host raised an exception return, and says which.
+  struct Recovery {
+    const Interpreter& engine;
+    Context& context;
+  };
+  static bool recover(void* recovery, void* ucontext);
 
   Instruction* slots_;  ///< mapped, so that an unused cache costs no memory
   u8* code_;            ///< native code of the slot of the same number
@@ -198,6 +203,21 @@ bool Interpreter::fault(Cpu& cpu, const Instruction* instruction) {
   return false;
 }
 
+bool Interpreter::recover(void* recovery, void* ucontext) {
+  const auto [engine, context] = *static_cast<Recovery*>(recovery);
+  mcontext_t& machine = static_cast<ucontext_t*>(ucontext)->uc_mcontext;
+  const auto at = reinterpret_cast<const u8*>(machine.gregs[REG_RIP]);
+  if (at < engine.code_ || at >= engine.code_ + code_bytes) return false;
+  const u8 vector = u8(machine.gregs[REG_TRAPNO]);
+  if (vector == x86::exception::pf) return false;  // the memory behind guest RAM: for whoever guards that
+  if (vector == x86::exception::xm) context.cpu.state.fpu.mxcsr = machine.fpregs->mxcsr;
+  std::memcpy(context.x87_at_exception, machine.fpregs, sizeof context.x87_at_exception);
+  context.host_exception = vector;
+  const u8* const code = engine.code_ + std::size_t(at - engine.code_) / native_code_bytes * native_code_bytes;
+  machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(way_out(code));
+  return true;
+}
+
 template <bool single>
 void Interpreter::execute(Cpu& cpu) {
   // FXRSTOR takes MXCSR from the image, too: keep a harmless one there.
@@ -205,6 +225,8 @@ void Interpreter::execute(Cpu& cpu) {
   std::memcpy(cpu.state.fpu.x87 + 24, &masked_mxcsr, sizeof masked_mxcsr);
   const HostControlWords host;
   Context context{.cpu = cpu, .probe_pages = probe_pages_, .next_rip = 0};
+  Recovery recovery{*this, context};
+  const os::FaultRecovery recovers(&recover, &recovery);
   cpu.exit = {};
   cpu.mmio.begin_instruction();
   if (cpu.debug_exit_pending) [[unlikely]] {  // behind an instruction whose port or device the client has served

@@ -61,7 +61,6 @@ class MaskedOperand {
       for (unsigned n = 0; n < count_; ++n)
         if (parts_[n].opened) std::memcpy(at_ + parts_[n].offset, contents + parts_[n].offset, parts_[n].size);
       if (run_guarded()) return result_;
-      if (!accessed_) return c_.cpu.gp();  // not an address: alignment
       const unsigned offset = unsigned(accessed_ - at_);
       Part& part = parts_[count_ == 2 && offset >= parts_[1].offset];
       if (part.faults) {
@@ -85,7 +84,7 @@ class MaskedOperand {
         [](void* self, const void* address) {
           auto& operand = *static_cast<MaskedOperand*>(self);
           operand.accessed_ = static_cast<const u8*>(address);
-          return !address || operand.c_.probe_pages.contains(address);
+          return operand.c_.probe_pages.contains(address);
         });
   }
 

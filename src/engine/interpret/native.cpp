@@ -1,6 +1,8 @@
 // The instructions that the host CPU executes for the guest (engine/native): all that compute, none that control.
 #include <cpuid.h>
 
+#include <utility>
+
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
 
@@ -10,10 +12,6 @@ namespace {
 
 namespace cr0 = x86::cr0;
 namespace cr4 = x86::cr4;
-using x86::FpuState;
-
-/// MXCSR: six exception flags, DAZ, six masks.
-constexpr u32 mxcsr_flags = 0x3f, mxcsr_masks = 0x1f80;
 
 u16 x87_status(const x86::CpuState& state) {
   u16 status;
@@ -35,37 +33,23 @@ void note_x87(Context& c, const Instruction& i) {
   if (i.unit == Unit::x87 || i.unit == Unit::mmx) c.x87_touched = true;
 }
 
-/// Runs the code where some SIMD exception is unmasked: with all masked, and undone if an unmasked one came up. A host
-/// exception (and its signal) never happens.
-Result run_unmasked(Context& c, const Instruction& i, void* memory) {
-  x86::CpuState& state = c.cpu.state;
-  FpuState saved_fpu = state.fpu;
-  u64 saved_gpr[16];
-  std::memcpy(saved_gpr, state.gpr, sizeof saved_gpr);
-  const x86::ArithmeticFlags saved_flags = state.arithmetic;
-  const u32 mxcsr = state.fpu.mxcsr;
-
-  state.fpu.mxcsr = (mxcsr | mxcsr_masks) & ~mxcsr_flags;
-  i.native(&state, memory);
-  const u32 raised = state.fpu.mxcsr & mxcsr_flags;
-  if (raised & ~(mxcsr >> 7)) {
-    state.fpu = saved_fpu;
-    std::memcpy(state.gpr, saved_gpr, sizeof saved_gpr);
-    state.arithmetic = saved_flags;
-    state.fpu.mxcsr = mxcsr | raised;
-    return state.cr4 & cr4::osxmmexcpt ? c.cpu.raise(x86::exception::xm) : c.cpu.ud();
-  }
-  state.fpu.mxcsr = mxcsr | raised;
-  return Result::ok;
-}
-
 }  // namespace
 
-Result run_native(Context& c, const Instruction& i, void* memory) {
-  if (i.uses_mxcsr && (c.cpu.state.fpu.mxcsr & mxcsr_masks) != mxcsr_masks) [[unlikely]]
-    return run_unmasked(c, i, memory);
-  i.native(&c.cpu.state, memory);
-  return Result::ok;
+Result host_exception(Context& c, const Instruction& i) {
+  note_x87(c, i);
+  if (i.unit == Unit::mmx) {
+    // A conversion that raises a SIMD exception has entered MMX mode by then.
+    u8* image = c.cpu.state.fpu.x87;
+    std::memcpy(image, c.x87_at_exception, 24);
+    std::memcpy(image + 32, c.x87_at_exception + 32, 128);
+  }
+  switch (std::exchange(c.host_exception, Context::no_exception)) {
+    case x86::exception::de: return c.cpu.raise(x86::exception::de);
+    case x86::exception::mf: return c.cpu.raise(x86::exception::mf);
+    case x86::exception::xm: return c.cpu.state.cr4 & cr4::osxmmexcpt ? c.cpu.raise(x86::exception::xm) : c.cpu.ud();
+    case x86::exception::gp: return c.cpu.gp();
+    default: return c.cpu.ud();
+  }
 }
 
 namespace {
@@ -81,14 +65,11 @@ Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
   return c.cpu.open_operand(gva, i.memory_bytes, i.use, operand);
 }
 
-Result integer_register(Context& c, const Instruction& i) {
-  i.native(&c.cpu.state, nullptr);
-  return Result::ok;
-}
+Result integer_register(Context& c, const Instruction& i) { return run_native(c, i, nullptr); }
 Result integer_memory(Context& c, const Instruction& i) {
   x86::Operand operand;
   ANYKVM_TRY(open_memory(c, i, operand));
-  i.native(&c.cpu.state, operand.host);
+  ANYKVM_TRY(run_native(c, i, operand.host));
   c.cpu.close_operand(operand, i.use);
   return Result::ok;
 }
@@ -128,7 +109,7 @@ Result x87_image(Context& c, const Instruction& i) {
   } else {
     ANYKVM_TRY(c.cpu.read(gva, image, i.memory_bytes));
   }
-  i.native(&c.cpu.state, image);
+  ANYKVM_TRY(run_native(c, i, image));
   note_x87(c, i);
   return writes ? c.cpu.write(gva, image, i.memory_bytes) : Result::ok;
 }

@@ -419,7 +419,7 @@ EmitResult emit_native(const ZydisDecodedInstruction& instruction, std::span<con
   constexpr u32 x87_at = offsetof(CpuState, fpu) + offsetof(x86::FpuState, x87);
   constexpr u32 mxcsr_at = offsetof(CpuState, fpu) + offsetof(x86::FpuState, mxcsr);
 
-  Emitter e(out);
+  Emitter e(out.first(native_code_bytes - 1));
   const u32 callee_saved = (taken & ~(1u << x86::rsp)) & (1u << x86::rbx | 1u << x86::rbp | 0xf000u);
   for (unsigned reg = 0; reg < 16; ++reg)
     if (callee_saved >> reg & 1) e.push(reg);
@@ -484,9 +484,12 @@ EmitResult emit_native(const ZydisDecodedInstruction& instruction, std::span<con
   }
   for (unsigned reg = 0; reg < 8; ++reg)
     if (uses.opmask_written >> reg & 1) e.move_opmask(0x91, reg, context, opmask_at + reg * 8);
+  if (mxcsr) e.state_transfer(3, false, context, mxcsr_at);
+  // FXSAVE behind it, so that the next FXRSTOR loads the host's MXCSR, too.
+  if (uses.x87 && mxcsr) e.bytes(0x0f, 0xae, 0x14, 0x24);  // ldmxcsr [rsp]
   if (uses.x87) e.state_transfer(0, true, context, x87_at);
+  out.back() = u8(e.at() - out.data());
   if (mxcsr) {
-    e.state_transfer(3, false, context, mxcsr_at);
     e.bytes(0x0f, 0xae, 0x14, 0x24);  // ldmxcsr [rsp]
     e.pop(x86::rax);
   }

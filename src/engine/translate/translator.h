@@ -21,7 +21,6 @@ class Translator final : public Engine {
   void run(x86::Cpu& cpu) override;
   void step(x86::Cpu& cpu) override { reference_->step(cpu); }
   const char* name() const override { return "translate"; }
-  bool is_native_code(const void* address) const override { return reference_->is_native_code(address); }
 
   void abandon() override;
 
