@@ -159,7 +159,8 @@ const Instruction* Interpreter::fetch_slowly(Cpu& cpu, Result& why_not) {
 /// it does not run.
 bool Interpreter::begin_closely(Context& context, Result& why_not) {
   Cpu& cpu = context.cpu;
-  context.one_iteration = true;
+  // RF alone has nothing to watch for between two iterations: a fault's IRET sets it, with most of a page still to go.
+  context.one_iteration = cpu.state.other_flags & x86::flag::tf || cpu.state.event.shadow || cpu.debug_watch;
   context.no_step = false;
   context.start_rip = cpu.state.rip;
   if (cpu.state.other_flags & x86::flag::rf)
