@@ -25,10 +25,10 @@ Result translate_parts(Cpu& cpu, Gva gva, unsigned size, Access access, Privileg
   return Result::ok;
 }
 
-/// #AC: accesses of 2, 4 and 8 bytes, and the x87 unit's of 10, must be aligned where the guest's user code asked for
-/// it. (Wider ones are of instructions that check for themselves, or need not.)
+/// #AC: accesses must be aligned where the guest's user code asked for it: those of 2, 4, 8 and 16 bytes to their size,
+/// wider ones to 16, the x87 unit's of 10 to 8.
 Result check_alignment(Cpu& cpu, Gva gva, unsigned size) {
-  const unsigned mask = size == 2 || size == 4 || size == 8 ? size - 1 : size == 10 ? 7 : 0;
+  const unsigned mask = size == 10 ? 7 : size > 64 || !power_of_two(size) ? 0 : size > 16 ? 15 : size - 1;
   return gva & mask ? cpu.raise(exception::ac, 0) : Result::ok;
 }
 

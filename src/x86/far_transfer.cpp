@@ -161,9 +161,10 @@ Result Cpu::far_call(u16 selector, u64 offset, unsigned operand_bytes, u64 next_
     return transfer_to_task(*this, selector, code, TaskSwitch::Cause::call, next_rip);
   if (!code.segment.s) return call_through_gate(*this, selector, code, next_rip);
   ANYKVM_TRY(check_direct_code(*this, selector, code));
-  ANYKVM_TRY(check_target(*this, code.segment, offset));
+  // As processors do it: a target outside the segment is found when the return address is already stored.
   ANYKVM_TRY(stack.push(state.segment[cs].selector, operand_bytes));
   ANYKVM_TRY(stack.push(next_rip, operand_bytes));
+  ANYKVM_TRY(check_target(*this, code.segment, offset));
   state.gpr[rsp] = stack.rsp();
   enter(state, code, selector, state.cpl, offset);
   update_mode();

@@ -78,7 +78,10 @@ Result prepare_return(Cpu& cpu, Stack& stack, u64 rip, u16 selector, bool always
   const CpuState& s = cpu.state;
   const u8 rpl = selector & 3;
   Descriptor code;
+  // The other level's SS is read before anything is found wrong with CS.
+  if (u64 other_ss; rpl != s.cpl && !always_pops_stack) ANYKVM_TRY(stack.peek(pop_bytes + bytes, other_ss, bytes));
   ANYKVM_TRY(check_return_code(cpu, selector, code));
+  ANYKVM_TRY(check_target(cpu, code.segment, rip));
   target.code = code.segment;
   target.switches_stack = always_pops_stack || rpl > s.cpl;
   stack.move(pop_bytes);
@@ -100,7 +103,7 @@ Result prepare_return(Cpu& cpu, Stack& stack, u64 rip, u16 selector, bool always
     if (!to_long_code) target.rsp = u32(target.rsp);
   }
   target.rip = rip;
-  return check_target(cpu, code.segment, rip);
+  return Result::ok;
 }
 
 void commit_return(Cpu& cpu, const Target& target) {
@@ -134,11 +137,13 @@ Result Cpu::iret_itself(unsigned operand_bytes, u64 next_rip) {
     ANYKVM_TRY(switch_task(*this, {.cause = TaskSwitch::Cause::iret, .selector = link, .return_rip = next_rip}));
     return Result::ok;
   }
+  // From the top down: where several of them fault, that is which one the processor reports.
   Stack stack(*this);
   u64 ip, selector, flags;
-  ANYKVM_TRY(stack.pop(ip, operand_bytes));
-  ANYKVM_TRY(stack.pop(selector, operand_bytes));
-  ANYKVM_TRY(stack.pop(flags, operand_bytes));
+  ANYKVM_TRY(stack.peek(2 * operand_bytes, flags, operand_bytes));
+  ANYKVM_TRY(stack.peek(operand_bytes, selector, operand_bytes));
+  ANYKVM_TRY(stack.peek(0, ip, operand_bytes));
+  stack.move(3 * operand_bytes);
   if (operand_bytes == 4 && flags & flag::vm && state.cpl == 0 && !state.long_mode()) {
     return return_to_v86(*this, stack, ip, u16(selector), flags);
   }
@@ -154,8 +159,9 @@ Result Cpu::iret_itself(unsigned operand_bytes, u64 next_rip) {
 Result Cpu::far_return(unsigned operand_bytes, u16 pop_bytes) {
   Stack stack(*this);
   u64 ip, selector;
-  ANYKVM_TRY(stack.pop(ip, operand_bytes));
-  ANYKVM_TRY(stack.pop(selector, operand_bytes));
+  ANYKVM_TRY(stack.peek(operand_bytes, selector, operand_bytes));
+  ANYKVM_TRY(stack.peek(0, ip, operand_bytes));
+  stack.move(2 * operand_bytes);
   if (!state.protected_mode() || state.v86()) {
     if (ip > state.segment[cs].limit) return gp();
     stack.move(pop_bytes);

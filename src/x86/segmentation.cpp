@@ -116,7 +116,7 @@ Result Cpu::probe_selector(u16 selector, SelectorProbe which, bool& ok, u32& val
     if (!wide && !(narrow && !state.long_mode()) && !(gate && which == SelectorProbe::lar)) return Result::ok;
   }
   ok = true;
-  value = which == SelectorProbe::lar ? u32(descriptor.low >> 32) & 0x00f0ff00 : segment.limit;
+  value = which == SelectorProbe::lar ? u32(descriptor.low >> 32) & 0x00ffff00 : segment.limit;
   return Result::ok;
 }
 

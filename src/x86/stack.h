@@ -21,6 +21,12 @@ class Stack {
     const u64 room[2] = {value};  // as wide as the widest single copy
     return cpu_.write_as(gva, room, bytes, privilege_);
   }
+  /// Reads `above` bytes over the stack pointer.
+  Result peek(unsigned above, u64& value, unsigned bytes) const {
+    Stack there = *this;
+    there.move(above);
+    return there.pop(value, bytes);
+  }
   Result pop(u64& value, unsigned bytes) {
     Gva gva;
     ANYKVM_TRY(address(bytes, gva));

@@ -49,6 +49,11 @@ Mistake mistakes[] = {
      [](const Case&, const Difference& d) {
        return (is(d, "ds") || is(d, "es") || is(d, "fs") || is(d, "gs")) && d.mine < 4 && d.other == 0;
      }},
+    {"clears bits 19:16 of what LAR loads, which the manuals leave open; processors load the descriptor's (volume 2, "
+     "LAR)",
+     [](const Case& c, const Difference& d) {
+       return !((d.mine ^ d.other) & ~0xf0000ull) && c.guest.describe(c.test).find("lar ") != std::string::npos;
+     }},
     {"interrupts virtual-8086 code into a handler of CPL 1 or 2; #GP (volume 3, 21.3.1)",
      [](const Case& c, const Difference&) {
        return c.mine.vector == 13 && c.mine.flags & flag_vm && c.other.vector == 3 && c.mine.error &&

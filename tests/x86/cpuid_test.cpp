@@ -68,7 +68,7 @@ TEST(SupportedCpuid, OffersWhatTheMachineProvides) {
 
 TEST(SupportedCpuid, WithholdsWhatTheEnginesDoNot) {
   using enum Feature;
-  for (Feature f : {pku, la57, hle, rtm, osxsave, spec_ctrl, amd_ibpb, virt_ssbd, fxsr_opt, clzero})
+  for (Feature f : {pku, la57, hle, rtm, osxsave, spec_ctrl, amd_ibpb, virt_ssbd, fxsr_opt})
     EXPECT_FALSE(supports(f)) << std::hex << unsigned(f);
   EXPECT_EQ(supports(avx512f), (supported_xcr0() & xfeature::zmm_hi256) != 0);
   EXPECT_FALSE(supported(1)->ecx & (1 << 3 | 1 << 5));             // MONITOR, VMX

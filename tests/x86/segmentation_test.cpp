@@ -77,7 +77,7 @@ TEST_F(Segments, Probes) {
   u32 value = 0;
   ASSERT_EQ(cpu.probe_selector(user_cs, SelectorProbe::lar, ok, value), Result::ok);
   EXPECT_TRUE(ok);
-  EXPECT_EQ(value, 0x00a0fb00u);
+  EXPECT_EQ(value, 0x00affb00u);
   ASSERT_EQ(cpu.probe_selector(user_ss, SelectorProbe::lsl, ok, value), Result::ok);
   EXPECT_TRUE(ok);
   EXPECT_EQ(value, 0xffffffffu);

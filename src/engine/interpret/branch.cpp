@@ -42,7 +42,15 @@ Result jump_indirect(Context& c, const Instruction& i) {
 }
 
 Result call_to(Context& c, const Instruction& i, u64 target) {
-  ANYKVM_TRY(check_branch(c, target));
+  // A stack that cannot be written to is found before a target that cannot be gone to, which leaves it as it is.
+  if (check_branch(c, target) != Result::ok) [[unlikely]] {
+    const u64 top = (c.cpu.state.gpr[x86::rsp] - i.operand_bytes) & size_mask(stack_bytes(c));
+    Gva gva;
+    x86::Operand room;
+    ANYKVM_TRY(linear_address(c, x86::ss, top, i.operand_bytes, Access::write, gva));
+    ANYKVM_TRY(c.cpu.open_operand(gva, i.operand_bytes, Cpu::Use::write, room));
+    return check_branch(c, target);
+  }
   ANYKVM_TRY(push(c, i.operand_bytes, c.next_rip));
   c.next_rip = target;
   return Result::ok;
@@ -145,27 +153,44 @@ Handler select_conditional(unsigned condition) {
   return handlers[condition & 15];
 }
 
+/// LOOPE (E1) and LOOPNE (E0). AMD's processors let the last of the repeat prefixes decide: F3 makes either a LOOPE, F2
+/// a LOOPNE.
+Handler select_conditional_loop(const Decoded& d, bool equal) {
+  if (host_is_amd())
+    for (unsigned n = 0; n < d.instruction.raw.prefix_count; ++n) {
+      const u8 prefix = d.instruction.raw.prefixes[n].value;
+      if (prefix == 0xf2 || prefix == 0xf3) equal = prefix == 0xf3;
+    }
+  return equal ? loop<1> : loop<0>;
+}
+
 bool is_far(const Decoded& d) { return d.instruction.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR; }
 
 }  // namespace
 
 Handler select_branch(const Decoded& d, Instruction& out) {
-  // A near branch in 64-bit mode has a 64-bit target; far ones keep the operand size (at least 4 for a pointer).
+  // A near branch in 64-bit mode has a 64-bit target, but AMD's processors heed the operand-size prefix.
   const auto near = [&](Handler handler) {
-    if (out.code_bits == 64) out.operand_bytes = 8;
+    if (out.code_bits == 64)
+      out.operand_bytes = host_is_amd() && d.instruction.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE ? 2 : 8;
+    return handler;
+  };
+  // AMD's have no far pointer with a 64-bit offset: REX.W says nothing.
+  const auto far = [&](Handler handler) {
+    if (out.operand_bytes == 8 && host_is_amd()) out.operand_bytes = 4;
     return handler;
   };
   switch (d.mnemonic()) {
     case ZYDIS_MNEMONIC_JMP:
-      if (is_far(d)) return jump_far;
+      if (is_far(d)) return far(jump_far);
       return near(d.is_immediate(0) ? jump_relative : jump_indirect);
     case ZYDIS_MNEMONIC_CALL:
-      if (is_far(d)) return call_far;
+      if (is_far(d)) return far(call_far);
       return near(d.is_immediate(0) ? call_relative : call_indirect);
     case ZYDIS_MNEMONIC_RET: return is_far(d) ? return_far : near(return_near);
     case ZYDIS_MNEMONIC_LOOP: return near(loop<2>);
-    case ZYDIS_MNEMONIC_LOOPE: return near(loop<1>);
-    case ZYDIS_MNEMONIC_LOOPNE: return near(loop<0>);
+    case ZYDIS_MNEMONIC_LOOPE: return near(select_conditional_loop(d, true));
+    case ZYDIS_MNEMONIC_LOOPNE: return near(select_conditional_loop(d, false));
     case ZYDIS_MNEMONIC_JCXZ:
     case ZYDIS_MNEMONIC_JECXZ:
     case ZYDIS_MNEMONIC_JRCXZ: return near(jump_if_counter_zero);

@@ -92,10 +92,10 @@ u32 batch(const Context& c, const Instruction& i, Gva gva) {
 }
 
 Result in_string(Context& c, const Instruction& i) {
-  if (!counter(c, i)) return Result::ok;
   const unsigned bytes = i.operand_bytes;
   const u16 port = u16(c.cpu.state.gpr[rdx]);
-  ANYKVM_TRY(check_port(c, port, bytes));
+  ANYKVM_TRY(check_port(c, port, bytes));  // also where there is nothing to do
+  if (!counter(c, i)) return Result::ok;
   if (c.cpu.debug_watch & x86::watch_ports) c.cpu.note_port_access(port, bytes);
   // The destination is checked before the port is read: a fault must not lose data.
   Gva gva;
@@ -120,10 +120,10 @@ Result in_string(Context& c, const Instruction& i) {
 }
 
 Result out_string(Context& c, const Instruction& i) {
-  if (!counter(c, i)) return Result::ok;
   const unsigned bytes = i.operand_bytes;
   const u16 port = u16(c.cpu.state.gpr[rdx]);
-  ANYKVM_TRY(check_port(c, port, bytes));
+  ANYKVM_TRY(check_port(c, port, bytes));  // also where there is nothing to do
+  if (!counter(c, i)) return Result::ok;
   if (c.cpu.debug_watch & x86::watch_ports) c.cpu.note_port_access(port, bytes);
   Gva gva;
   ANYKVM_TRY(linear_address(c, i.segment, c.cpu.state.gpr[rsi] & size_mask(i.address_bytes), bytes, Access::read, gva));

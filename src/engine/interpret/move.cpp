@@ -127,6 +127,13 @@ Result exchange_with_r8(Context& c, const Instruction& i) {
   return Result::ok;
 }
 
+Handler select_far_pointer(Instruction& out, x86::SegmentName segment) {
+  out.selector = segment;
+  // AMD's processors have no far pointer with a 64-bit offset: REX.W says nothing.
+  if (out.operand_bytes == 8 && host_is_amd()) out.operand_bytes = 4;
+  return load_far_pointer;
+}
+
 #define ANYKVM_BY_SIZE(handler, bytes) \
   ((bytes) == 8 ? handler<8> : (bytes) == 4 ? handler<4> : (bytes) == 2 ? handler<2> : handler<1>)
 
@@ -173,11 +180,11 @@ Handler select_move(const Decoded& d, Instruction& out) {
             default: break;
           }
       return translate_byte;
-    case ZYDIS_MNEMONIC_LDS: out.selector = x86::ds; return load_far_pointer;
-    case ZYDIS_MNEMONIC_LES: out.selector = x86::es; return load_far_pointer;
-    case ZYDIS_MNEMONIC_LSS: out.selector = x86::ss; return load_far_pointer;
-    case ZYDIS_MNEMONIC_LFS: out.selector = x86::fs; return load_far_pointer;
-    case ZYDIS_MNEMONIC_LGS: out.selector = x86::gs; return load_far_pointer;
+    case ZYDIS_MNEMONIC_LDS: return select_far_pointer(out, x86::ds);
+    case ZYDIS_MNEMONIC_LES: return select_far_pointer(out, x86::es);
+    case ZYDIS_MNEMONIC_LSS: return select_far_pointer(out, x86::ss);
+    case ZYDIS_MNEMONIC_LFS: return select_far_pointer(out, x86::fs);
+    case ZYDIS_MNEMONIC_LGS: return select_far_pointer(out, x86::gs);
     default: break;
   }
   switch (d.instruction.meta.category) {
@@ -198,6 +205,8 @@ Handler select_move(const Decoded& d, Instruction& out) {
     case ZYDIS_MNEMONIC_PAUSE:  // with REX.B it is XCHG all the same, which Zydis does not know
       if (out.code_bits == 64 && d.instruction.raw.rex.B) return exchange_with_r8;
       return no_operation;
+    case ZYDIS_MNEMONIC_RDSSPD:  // a NOP where there are no shadow stacks
+    case ZYDIS_MNEMONIC_RDSSPQ:
     case ZYDIS_MNEMONIC_ENDBR32:
     case ZYDIS_MNEMONIC_ENDBR64: return no_operation;
     default: return nullptr;

@@ -1,6 +1,4 @@
 // The instructions that the host CPU executes for the guest (engine/native): all that compute, none that control.
-#include <cpuid.h>
-
 #include <utility>
 
 #include "engine/interpret/handlers.h"
@@ -55,10 +53,13 @@ Result host_exception(Context& c, const Instruction& i) {
 namespace {
 
 Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
-  Gva gva;
-  ANYKVM_TRY(memory_address(c, i, i.memory_bytes, i.use == Cpu::Use::read ? Access::read : Access::write, gva));
+  Gva gva = 0;
+  const Result located =
+      memory_address(c, i, i.memory_bytes, i.use == Cpu::Use::read ? Access::read : Access::write, gva);
+  // Alignment comes first: #GP, where a stack address that is not canonical either would give #SS.
   if (i.alignment && gva & (i.alignment - 1u)) [[unlikely]]
     return c.cpu.gp();
+  ANYKVM_TRY(located);
   if (!i.bars_devices) [[likely]]
     return c.cpu.open_operand(gva, i.memory_bytes, i.use, operand);
   const DeviceBar bar(c);
@@ -243,14 +244,6 @@ bool host_has(const Decoded& d) {
     case ZYDIS_ISA_EXT_VPCLMULQDQ: return supports(Feature::vpclmulqdq);
     default: return false;
   }
-}
-
-bool host_is_amd() {
-  static const bool amd = [] {
-    unsigned a, b, c, d;
-    return __get_cpuid(0, &a, &b, &c, &d) && (b == signature_AMD_ebx);
-  }();
-  return amd;
 }
 
 bool runs_natively(const Decoded& d) { return computes(d) && host_has(d); }

@@ -37,7 +37,7 @@ Result pop_memory(Context& c, const Instruction& i) {
 }
 Result pop_segment(Context& c, const Instruction& i) {
   u64 selector;
-  ANYKVM_TRY(peek(c, 0, 2, selector));
+  ANYKVM_TRY(peek(c, 0, i.operand_bytes, selector));
   const auto segment = x86::SegmentName(i.reg[0].index);
   const unsigned width = stack_bytes(c);  // POP SS may change it
   ANYKVM_TRY(c.cpu.load_segment(segment, u16(selector)));
@@ -131,13 +131,11 @@ Result enter(Context& c, const Instruction& i) {
   if (level)
     if (const Result r = push(c, bytes, frame); r != Result::ok) return undo(r);
   const u64 top = (c.cpu.state.gpr[x86::rsp] - u16(i.immediate)) & size_mask(stack_bytes(c));
-  // The new top must be writable, as the processor checks.
+  // The new top must be writable and aligned, as the processor checks.
   Gva gva;
-  x86::Mmu::Translation page;
+  x86::Operand probe;
   if (const Result r = linear_address(c, x86::ss, top, bytes, Access::write, gva); r != Result::ok) return undo(r);
-  if (const Result r = c.cpu.mmu.translate(c.cpu, gva, Access::write, c.cpu.data_privilege, page, true);
-      r != Result::ok)
-    return undo(r);
+  if (const Result r = c.cpu.open_operand(gva, bytes, Cpu::Use::write, probe); r != Result::ok) return undo(r);
   set_stack_pointer(c, top);
   write_register(c, {x86::rbp, 0}, bytes, frame);
   return Result::ok;

@@ -66,8 +66,8 @@ Result move_string(Context& c, const Instruction& i) {
   return repeat(c, i, [&]() -> Result {
     Gva from, to;
     ANYKVM_TRY(source_address(c, i, bytes, from));
-    ANYKVM_TRY(destination_address(c, i, bytes, Access::write, to));
-    if (i.repeat != Repeat::none && !backwards(c) && c.cpu.state.code_bits == 64 && !c.one_iteration) {
+    if (i.repeat != Repeat::none && !backwards(c) && c.cpu.state.code_bits == 64 && !c.one_iteration &&
+        destination_address(c, i, bytes, Access::write, to) == Result::ok) {
       const u64 count = std::min({stretch(c, i, c.cpu.state.gpr[rsi]), stretch(c, i, c.cpu.state.gpr[rdi]),
                                   elements_in_page(from, bytes), elements_in_page(to, bytes)});
       const unsigned length = unsigned(count * bytes);
@@ -90,6 +90,7 @@ Result move_string(Context& c, const Instruction& i) {
     }
     u64 value = 0;
     ANYKVM_TRY(c.cpu.read(from, &value, bytes));
+    ANYKVM_TRY(destination_address(c, i, bytes, Access::write, to));
     ANYKVM_TRY(c.cpu.write(to, &value, bytes));
     advance(c, i, rsi, step(c, i));
     advance(c, i, rdi, step(c, i));
@@ -167,13 +168,25 @@ Result repeat_comparing(Context& c, const Instruction& i, Once once) {
 
 Result compare_strings(Context& c, const Instruction& i) {
   return repeat_comparing(c, i, [&]() -> Result {
-    Gva left_at, right_at;
     u64 left = 0, right = 0;
-    ANYKVM_TRY(source_address(c, i, i.operand_bytes, left_at));
-    ANYKVM_TRY(destination_address(c, i, i.operand_bytes, Access::read, right_at));
-    // The destination first: where both fault, processors report that one.
-    ANYKVM_TRY(c.cpu.read(right_at, &right, i.operand_bytes));
-    ANYKVM_TRY(c.cpu.read(left_at, &left, i.operand_bytes));
+    const auto read_source = [&] {
+      Gva at;
+      ANYKVM_TRY(source_address(c, i, i.operand_bytes, at));
+      return c.cpu.read(at, &left, i.operand_bytes);
+    };
+    const auto read_destination = [&] {
+      Gva at;
+      ANYKVM_TRY(destination_address(c, i, i.operand_bytes, Access::read, at));
+      return c.cpu.read(at, &right, i.operand_bytes);
+    };
+    // Where both fault, the processor reports the one at ES:rDI, but for REP CMPSB, which goes by another way.
+    if (i.repeat != Repeat::none && i.operand_bytes == 1) {
+      ANYKVM_TRY(read_source());
+      ANYKVM_TRY(read_destination());
+    } else {
+      ANYKVM_TRY(read_destination());
+      ANYKVM_TRY(read_source());
+    }
     c.cpu.state.arithmetic = compare(left, right, i.operand_bytes);
     advance(c, i, rsi, step(c, i));
     advance(c, i, rdi, step(c, i));

@@ -325,9 +325,8 @@ Result clear_line(Context& c, const Instruction& i) {
   if (!c.cpu.cpuid.has(x86::Feature::clzero)) return c.cpu.ud();
   static constexpr u8 zeros[64] = {};
   Gva gva;
-  ANYKVM_TRY(
-      linear_address(c, x86::ds, c.cpu.state.gpr[rax] & size_mask(i.address_bytes) & ~63ull, 64, Access::write, gva));
-  return c.cpu.write(gva, zeros, sizeof zeros);
+  ANYKVM_TRY(linear_address(c, i.segment, c.cpu.state.gpr[rax] & size_mask(i.address_bytes), 1, Access::write, gva));
+  return c.cpu.write(gva & ~63ull, zeros, sizeof zeros);
 }
 
 /// The other vendor's hypercall becomes the CPU's own, in the guest's code, as KVM has it (KVM_X86_QUIRK_FIX_
@@ -353,6 +352,21 @@ Result monitor_or_wait(Context& c, const Instruction&) {
   const u64 quirks = c.cpu.disabled_quirks.load(std::memory_order_relaxed);
   if (c.cpu.state.cpl != 0 || (!offered && quirks & KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)) return c.cpu.ud();
   return Result::ok;
+}
+
+/// The segment of an operand that the decoder does not list: the last override's, of which 64-bit code has FS and GS.
+x86::SegmentName overriding_segment(const Decoded& d, unsigned code_bits) {
+  x86::SegmentName segment = x86::ds;
+  for (unsigned n = 0; n < d.instruction.raw.prefix_count; ++n) switch (d.instruction.raw.prefixes[n].value) {
+      case 0x26: segment = code_bits == 64 ? segment : x86::es; break;
+      case 0x2e: segment = code_bits == 64 ? segment : x86::cs; break;
+      case 0x36: segment = code_bits == 64 ? segment : x86::ss; break;
+      case 0x3e: segment = code_bits == 64 ? segment : x86::ds; break;
+      case 0x64: segment = x86::fs; break;
+      case 0x65: segment = x86::gs; break;
+      default: break;
+    }
+  return segment;
 }
 
 /// MOV to and from CRn, DRn: selector is the system register, immediate the general one.
@@ -408,10 +422,10 @@ Handler select_system(const Decoded& d, Instruction& out) {
     case ZYDIS_MNEMONIC_STD: return set_direction;
     case ZYDIS_MNEMONIC_HLT: return halt;
     case ZYDIS_MNEMONIC_SWAPGS: return swap_gs;
-    case ZYDIS_MNEMONIC_RDFSBASE: return read_base<x86::fs>;
-    case ZYDIS_MNEMONIC_RDGSBASE: return read_base<x86::gs>;
-    case ZYDIS_MNEMONIC_WRFSBASE: return write_base<x86::fs>;
-    case ZYDIS_MNEMONIC_WRGSBASE: return write_base<x86::gs>;
+    case ZYDIS_MNEMONIC_RDFSBASE: out.operand_bytes = u8(d.bytes(0)); return read_base<x86::fs>;
+    case ZYDIS_MNEMONIC_RDGSBASE: out.operand_bytes = u8(d.bytes(0)); return read_base<x86::gs>;
+    case ZYDIS_MNEMONIC_WRFSBASE: out.operand_bytes = u8(d.bytes(0)); return write_base<x86::fs>;
+    case ZYDIS_MNEMONIC_WRGSBASE: out.operand_bytes = u8(d.bytes(0)); return write_base<x86::gs>;
     case ZYDIS_MNEMONIC_INVLPG: return invalidate_page;
     case ZYDIS_MNEMONIC_INVPCID: return invalidate_process_context;
     case ZYDIS_MNEMONIC_INVD:
@@ -420,7 +434,7 @@ Handler select_system(const Decoded& d, Instruction& out) {
     case ZYDIS_MNEMONIC_CLFLUSHOPT:
     case ZYDIS_MNEMONIC_CLWB: return flush_line;
     case ZYDIS_MNEMONIC_CLDEMOTE: return no_operation;
-    case ZYDIS_MNEMONIC_CLZERO: return clear_line;
+    case ZYDIS_MNEMONIC_CLZERO: out.segment = overriding_segment(d, out.code_bits); return clear_line;
     case ZYDIS_MNEMONIC_VMCALL: return vmcall;
     case ZYDIS_MNEMONIC_VMMCALL: return vmmcall;
     case ZYDIS_MNEMONIC_MONITOR:

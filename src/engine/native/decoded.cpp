@@ -1,5 +1,7 @@
 #include "engine/native/decoded.h"
 
+#include <cpuid.h>
+
 namespace anykvm::engine {
 
 namespace {
@@ -16,6 +18,8 @@ const ZydisDecoder& decoder_for(unsigned code_bits) {
         ZydisDecoderEnableMode(decoder, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
         ZydisDecoderEnableMode(decoder, ZYDIS_DECODER_MODE_KNC, ZYAN_FALSE);
       }
+      // Near branches with an operand-size prefix.
+      if (host_is_amd()) ZydisDecoderEnableMode(&long64, ZYDIS_DECODER_MODE_AMD_BRANCHES, ZYAN_TRUE);
     }
   };
   static const Decoders decoders;
@@ -37,6 +41,14 @@ void correct_baseless_sib(Decoded& d) {
 }
 
 }  // namespace
+
+bool host_is_amd() {
+  static const bool amd = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && (b == signature_AMD_ebx);
+  }();
+  return amd;
+}
 
 ZyanStatus decode_instruction(const u8* bytes, unsigned available, unsigned code_bits, Decoded& out) {
   const ZyanStatus status =

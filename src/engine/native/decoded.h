@@ -37,4 +37,7 @@ inline bool is_mask_move(ZydisMnemonic mnemonic) {
 /// Decodes one instruction of 16-, 32- or 64-bit code from at most 15 bytes. Returns Zydis' status.
 ZyanStatus decode_instruction(const u8* bytes, unsigned available, unsigned code_bits, Decoded& out);
 
+/// Where the vendors differ, the guest sees the host's behaviour.
+bool host_is_amd();
+
 }  // namespace anykvm::engine

@@ -391,7 +391,7 @@ EmitResult emit_native(const ZydisDecodedInstruction& instruction, std::span<con
   u32 taken = uses.gpr | rsp_bit | 1u << x86::rax;  // RAX carries the flags
   int rsp_register = -1, memory_register = -1;
   if (uses_rsp) {
-    rsp_register = pick({x86::rcx, x86::rdx, x86::rbx}, taken);
+    rsp_register = pick({x86::rcx, x86::rdx, x86::rbx, x86::rsi, x86::rdi}, taken);
     if (rsp_register < 0) return {};
     taken |= 1u << rsp_register;
   }

@@ -112,6 +112,8 @@ Kind kind_of(const Decoded& d, bool& vector) {
   const auto plain = [&](unsigned n) {
     return !d.is_memory(n) || (d.operands[n].mem.type == ZYDIS_MEMOP_TYPE_MEM && i.address_width == 64);
   };
+  // Near branches with a 16-bit operand, which only AMD's processors have here.
+  if (i.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE && i.operand_width == 16) return Kind::step_and_end;
   switch (d.mnemonic()) {
     case ZYDIS_MNEMONIC_JMP:
       if (far) return Kind::step_and_end;
