@@ -1,38 +1,45 @@
-// One instruction in an engine, in 64-bit user mode, with code and data where the host has them.
+// The same cases in an engine: a guest in long mode whose user code has what the worker process has.
 #pragma once
 
 #include <memory>
+#include <span>
 
 #include "engine/engine.h"
-#include "isa/host_cpu.h"
+#include "isa/state.h"
 #include "x86/fake_machine.h"
 
 namespace anykvm::isa {
 
 class EngineCpu {
  public:
-  explicit EngineCpu(std::unique_ptr<engine::Engine> engine);
+  EngineCpu(std::unique_ptr<engine::Engine> engine, u64 features, std::span<const u8, data_total> pattern);
 
-  u8* code() { return machine_.base + code_gpa; }
-  u8* data() { return machine_.base + data_gpa; }
-  x86::Cpu& cpu() { return cpu_; }
-
-  void load(const HostState& state);
-  /// Executes one instruction (all of a REP). Exception vector, or no_trap; the registers at the exception are in
-  /// `out`.
-  u64 step(HostState& out);
+  /// Runs the case to its end or its exception.
+  void run(const Case& c, Outcome& out);
+  /// Instructions executed so far, those that ended in an exception not counted.
+  u64 instructions() const { return cpu_.instructions; }
+  /// Ends an endless case. From a signal handler.
+  void interrupt() { cpu_.attention.store(1, std::memory_order_relaxed); }
+  u64 cases() const { return cases_; }
+  const char* name() const { return engine_->name(); }
 
  private:
   static constexpr u64 tables_gpa = 0x1000, system_gpa = 0x10000, handlers_gpa = 0x20000, stack_gpa = 0x30000,
-                       code_gpa = 0x40000, data_gpa = 0x50000, ram = 0x100000;
-  static constexpr u64 system_address = 0x30000000;  ///< GDT, IDT, TSS; handlers and stack behind it
+                       exit_gpa = 0x31000, code_gpa = 0x40000, data_gpa = 0x50000, ram = 0x100000;
+  /// GDT, IDT, TSS, LDT; handlers and stack behind it. In the kernel's half, as Linux' own are.
+  static constexpr u64 system_address = 0xffff800012340000;
 
-  void map(u64 gva, u64 gpa, bool user);
+  void map(u64 gva, u64 gpa, u64 rights);
+  void load(const Case& c);
+  x86::Segment segment(u16 selector) const;
 
   x86::FakeMachine machine_;
   x86::Cpu cpu_;
   std::unique_ptr<engine::Engine> engine_;
   u64 next_table_ = tables_gpa + page_size;
+  u64 features_;
+  u64 cases_ = 0;
+  u8 pattern_[data_total];
 };
 
 }  // namespace anykvm::isa
