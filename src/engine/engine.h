@@ -27,6 +27,11 @@ class Engine {
   virtual void abandon() {}
 
   virtual const char* name() const = 0;
+
+  /// Calls f(arg, mnemonic, count) for each instruction that the reference engine has executed in a faster engine's
+  /// place, and how often; "" stands for those that it was given without a look at them. Any thread; the counts may be
+  /// a little old.
+  virtual void for_each_step(void (*)(void* arg, const char* mnemonic, u64 count), void*) const {}
 };
 
 std::unique_ptr<Engine> make_interpreter();

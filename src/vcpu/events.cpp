@@ -114,7 +114,7 @@ bool Vcpu::needs_reinjection() const {
 /// Delivers what is due, in order of priority. false: the delivery has an exit of its own, the guest does not run.
 bool Vcpu::inject_events() {
   EventState& event = cpu_.state.event;
-  window_wanted_ = false;
+  cpu_.window_wanted = 0;
   collect_nmis();
 
   if (event.exception_injected || event.exception_pending) {
@@ -137,22 +137,22 @@ bool Vcpu::inject_events() {
       stats_.add(vm::VcpuStat::nmi_injections);
       if (cpu_.deliver_nmi() == Result::exit) return false;
     }
-    window_wanted_ |= event.nmi_pending != 0;
+    cpu_.window_wanted |= event.nmi_pending != 0;
   }
   if (has_interrupt()) {
     if (interrupts_allowed()) {
       const int vector = take_interrupt();
       stats_.add(vm::VcpuStat::irq_injections, vector >= 0);
       if (vector >= 0 && cpu_.deliver_interrupt(static_cast<u8>(vector)) == Result::exit) return false;
-      window_wanted_ |= has_interrupt();
+      cpu_.window_wanted |= has_interrupt();
     } else {
-      window_wanted_ = true;
+      cpu_.window_wanted = 1;
     }
   }
   if (wants_interrupt_window()) {
     // An open window ends the entry before its first instruction, as VMX' interrupt-window exiting does.
     if (ready_for_client_interrupt()) return false;
-    window_wanted_ = true;
+    cpu_.window_wanted = 1;
   }
   return true;
 }
@@ -215,7 +215,7 @@ int Vcpu::nmi() {
 }
 
 void Vcpu::interrupt_window_changed() {
-  if (window_wanted_) cpu_.attention.store(1, std::memory_order_relaxed);
+  if (cpu_.window_wanted) cpu_.attention.store(1, std::memory_order_relaxed);
 }
 
 }  // namespace anykvm::vcpu

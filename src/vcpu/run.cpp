@@ -161,7 +161,7 @@ void Vcpu::enter_guarded() {
   if (!inject_events()) return;  // the delivery itself needs the client, or ended in a triple fault
   if (vapic_) [[unlikely]]
     sync_vapic(true);
-  if (window_wanted_ && cpu_.state.event.shadow)
+  if (cpu_.window_wanted && cpu_.state.event.shadow)
     // The shadow lasts one instruction, and what it holds back comes right after.
     engine_->step(cpu_);
   else

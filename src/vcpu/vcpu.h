@@ -250,7 +250,6 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   Gpa vapic_ = 0;              ///< KVM_SET_VAPIC_ADDR; 0: none
   bool has_run_ = false;
   bool check_state_ = true;                  ///< the client has set registers since the last entry
-  bool window_wanted_ = false;               ///< an event waits for the interrupt window to open
   bool tpr_lowered_ = false;                 ///< without a local APIC: KVM_EXIT_SET_TPR is due
   u32 slot_hint_ = 0;                        ///< MemorySlots::page's last hit
   u64 tsc_offset_seen_ = 0;                  ///< what the APIC's timer was armed with

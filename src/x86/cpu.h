@@ -132,6 +132,9 @@ class Cpu {
 
   /// Not 0: an engine must return with ExitKind::attention at the next instruction boundary. Any thread may set it.
   std::atomic<u32> attention{0};
+  /// An event waits for the interrupt window to open: Machine::interrupt_window_changed() is to be called when it may
+  /// have. The vCPU sets it before an engine runs.
+  u32 window_wanted = 0;
   /// struct kvm_run's immediate_exit; an engine looks at it at least once per taken branch. Never null.
   const volatile u8* immediate_exit;
 

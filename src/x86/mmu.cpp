@@ -135,7 +135,7 @@ u64 Mmu::new_generation() {
 }
 
 void Mmu::enter_context(u16 pcid, u32 pkru, bool flush) {
-  ++flush_count_;
+  note_flush();
   if (flush) flush_context(pcid);
   current_key_ = key_of(pcid, pkru);
   for (const Context& context : contexts_) {
@@ -149,7 +149,7 @@ void Mmu::enter_context(u16 pcid, u32 pkru, bool flush) {
 }
 
 void Mmu::flush_context(u16 pcid) {
-  ++flush_count_;
+  note_flush();
   for (Context& context : contexts_)
     if (u16(context.key) == pcid) context = {};
   if (u16(current_key_) == pcid) generation_ = new_generation();
@@ -158,7 +158,7 @@ void Mmu::flush_context(u16 pcid) {
 // The current address space goes on under a number that is in no context: whoever sets CR3 without MOV CR3 flushes, and
 // must not leave entries under the name of the address space before.
 void Mmu::flush_non_global() {
-  ++flush_count_;
+  note_flush();
   for (Context& context : contexts_) context = {};
   generation_ = new_generation();
 }
@@ -170,9 +170,16 @@ void Mmu::flush_all() {
   flush_non_global();
 }
 
+int Mmu::pages_flushed_since(u64 since, Gva (&pages)[most_pages_told]) const {
+  if (last_wide_flush_ > since || flush_count_ - since > most_pages_told) return -1;
+  int count = 0;
+  for (u64 number = since + 1; number <= flush_count_; ++number) pages[count++] = flushed_[number % most_pages_told];
+  return count;
+}
+
 void Mmu::flush_page(Cpu& cpu, Gva gva) {
-  ++flush_count_;
   if (!cpu.state.long_mode()) gva = u32(gva);
+  flushed_[++flush_count_ % most_pages_told] = gva & page_mask;
   // A large page may have been entered as many small ones.
   if (has_bit(large_2m_, region_bit<21>(gva)) || has_bit(large_1g_, region_bit<30>(gva)) ||
       (!cpu.state.long_mode() && has_bit(large_2m_, region_bit<21>(gva ^ 1u << 21)))) {

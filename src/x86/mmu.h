@@ -68,10 +68,19 @@ class Mmu {
   /// Changes with every flush and switch: what was derived from the TLB before is to be derived again.
   u64 flush_count() const { return flush_count_; }
 
+  /// What has been flushed since flush_count() was `since`: the number of pages in `pages`, or -1 when it was more than
+  /// a few pages.
+  static constexpr unsigned most_pages_told = 8;
+  int pages_flushed_since(u64 since, Gva (&pages)[most_pages_told]) const;
+
   u64 walks = 0;  ///< page walks since the CPU was made
 
  private:
+  void note_flush() { last_wide_flush_ = ++flush_count_; }
+
   u64 flush_count_ = 0;
+  u64 last_wide_flush_ = 0;            ///< flush_count_ at the last one that was of more than a page
+  Gva flushed_[most_pages_told] = {};  ///< the pages of the others, by number
   using Table = TlbEntry[entries];
   using GlobalTable = u16[entries];
   /// An address space whose entries are kept while another one is current.

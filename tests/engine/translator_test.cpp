@@ -247,5 +247,140 @@ TEST_F(TranslatorTest, CodeWrittenElsewhereRunsBehindASerializingInstruction) {
   EXPECT_EQ(regs(1).rbp, rounds + 1);
 }
 
+/// The same code on the reference engine and on the translator.
+class TranslatorAgainstReference : public TestMachine {
+ protected:
+  TranslatorAgainstReference() { engine::set_default_kind(engine::Kind::interpret); }
+  ~TranslatorAgainstReference() override { engine::set_default_kind(engine::Kind::interpret); }
+
+  void compare(std::initializer_list<u8> code) {
+    kvm_regs found[2];
+    std::vector<u8> memory[2];
+    for (const unsigned n : {0u, 1u}) {
+      if (n) engine::set_default_kind(engine::Kind::translate);
+      auto& vcpu = add_vcpu();
+      for (u64 at = 0x9000; at < 0xb000; at += 8) store<u64>(at, at * 0x9e3779b97f4a7c15);
+      std::memset(ram + 0x7000, 0, 0x1000);
+      start_long_mode(vcpu, code);
+      kvm_mp_state runnable{.mp_state = KVM_MP_STATE_RUNNABLE};
+      ASSERT_EQ(vcpu.set_mp_state(runnable), 0);
+      ASSERT_EQ(vcpu.run(), 0);
+      ASSERT_EQ(run(n).exit_reason, KVM_EXIT_HLT);
+      found[n] = regs(n);
+      memory[n].assign(ram + 0x7000, ram + 0xb000);
+    }
+    EXPECT_EQ(std::memcmp(&found[0], &found[1], sizeof found[0]), 0);
+    EXPECT_EQ(found[0].rflags, found[1].rflags);
+    EXPECT_EQ(found[0].rax, found[1].rax);
+    EXPECT_TRUE(memory[0] == memory[1]);
+  }
+};
+
+TEST_F(TranslatorAgainstReference, BitStrings) {
+  compare({
+      0xbb, 0x00, 0xa0, 0,    0,                 // mov ebx, 0xa000
+      0x48, 0xc7, 0xc1, 0xf3, 0xff, 0xff, 0xff,  // mov rcx, -13
+      0x49, 0xc7, 0xc7, 0x77, 0x03, 0,    0,     // mov r15, 0x377
+      0x31, 0xc0,                                // xor eax, eax
+      0x48, 0x0f, 0xab, 0x0b,                    // bts [rbx], rcx: on the page before
+      0x11, 0xc0,                                // adc eax, eax
+      0xf0, 0x4c, 0x0f, 0xb3, 0x3c, 0x0b,        // lock btr [rbx + rcx], r15
+      0x11, 0xc0,                                // adc eax, eax
+      0x0f, 0xbb, 0x4b, 0x04,                    // btc dword [rbx + 4], ecx
+      0x11, 0xc0,                                // adc eax, eax
+      0x44, 0x0f, 0xa3, 0x7b, 0xfe,              // bt dword [rbx - 2], r15d
+      0x11, 0xc0,                                // adc eax, eax
+      0x48, 0x0f, 0xab, 0x4b, 0x05,              // bts [rbx + 5], rcx: across the pages
+      0x11, 0xc0,                                // adc eax, eax
+      0xf4,                                      // hlt
+  });
+}
+
+TEST_F(TranslatorAgainstReference, FlagsOnTheStack) {
+  compare({
+      0xf9,        // stc
+      0x9c,        // pushfq
+      0xfb,        // sti
+      0x9c,        // pushfq
+      0xfb,        // sti
+      0xfd,        // std
+      0x9c,        // pushfq
+      0xfc,        // cld
+      0x19, 0xc0,  // sbb eax, eax: CF is still set
+      0x9c,        // pushfq
+      0xfa,        // cli
+      0x9c,        // pushfq
+      0x9f,        // lahf
+      0xf4,        // hlt
+  });
+}
+
+TEST_F(TranslatorAgainstReference, SegmentsAndPushesFromMemory) {
+  compare({
+      0x0f, 0x01, 0xf8,                                // swapgs
+      0x65, 0x48, 0x8b, 0x04, 0x25, 0x00, 0x90, 0, 0,  // mov rax, gs:[0x9000]
+      0xb9, 0x02, 0x01, 0x00, 0xc0,                    // mov ecx, MSR_KERNEL_GS_BASE
+      0x31, 0xd2,                                      // xor edx, edx
+      0xb8, 0x00, 0x01, 0,    0,                       // mov eax, 0x100
+      0x0f, 0x30,                                      // wrmsr
+      0xf9,                                            // stc
+      0x0f, 0x01, 0xf8,                                // swapgs
+      0x65, 0xff, 0x34, 0x25, 0x00, 0x90, 0,    0,     // push qword gs:[0x9000]
+      0xff, 0x34, 0x24,                                // push qword [rsp]
+      0x41, 0xbd, 0x00, 0xa0, 0,    0,                 // mov r13d, 0xa000
+      0x41, 0xff, 0x75, 0xfc,                          // push qword [r13 - 4]: across pages
+      0x11, 0xc0,                                      // adc eax, eax
+      0x8c, 0xc8,                                      // mov eax, cs
+      0x48, 0x8c, 0xd3,                                // mov rbx, ss
+      0x41, 0x8c, 0xde,                                // mov r14d, ds
+      0xf4,                                            // hlt
+  });
+}
+
+TEST_F(TranslatorAgainstReference, JumpsInTheMiddleOfABlock) {
+  compare({
+      0xb9, 0x64, 0,    0, 0,  // mov ecx, 100
+      0x31, 0xc0,              // xor eax, eax
+      0xf6, 0xc1, 0x01,        // again: test cl, 1
+      0x74, 0x06,              // jz even
+      0x01, 0xc8,              // add eax, ecx
+      0x79, 0x04,              // jns next
+      0xeb, 0x02,              // jmp next
+      0xd1, 0xc0,              // even: rol eax, 1
+      0xff, 0xc9,              // next: dec ecx
+      0x0f, 0x93, 0xc3,        // setnc bl
+      0x75, 0xec,              // jnz again
+      0x3c, 0x80,              // cmp al, 0x80
+      0xeb, 0x01,              // jmp over
+      0xf4,                    // hlt
+      0x0f, 0x92, 0xc2,        // over: setc dl
+      0xf4,                    // hlt
+  });
+}
+
+TEST_F(TranslatorTest, TimeStampHasItsOffset) {
+  auto& vcpu = add_vcpu();
+  start_long_mode(vcpu, {
+                            0xf9,                       // stc
+                            0x0f, 0x31,                 // rdtsc
+                            0x48, 0xc1, 0xe2, 0x20,     // shl rdx, 32
+                            0x48, 0x09, 0xd0,           // or rax, rdx
+                            0x48, 0x89, 0xc3,           // mov rbx, rax
+                            0xbe, 0x07, 0,    0,    0,  // mov esi, 7
+                            0x0f, 0x01, 0xf9,           // rdtscp
+                            0xf4,                       // hlt
+                        });
+  const u64 offset = u64(1) << 50;
+  vcpu.set_tsc_offset(offset);
+  kvm_msr_entry aux{.index = 0xc0000103, .reserved = 0, .data = 0x1234};
+  ASSERT_EQ(vcpu.set_msrs({&aux, 1}), 1);
+  ASSERT_EQ(vcpu.run(), 0);
+  const u64 first = regs().rbx, second = regs().rdx << 32 | regs().rax;
+  EXPECT_GE(first, offset);
+  EXPECT_LT(first, offset * 2);
+  EXPECT_GE(second, first);
+  EXPECT_LT(second - first, 10'000'000'000u);
+}
+
 }  // namespace
 }  // namespace anykvm

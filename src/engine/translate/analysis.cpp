@@ -43,15 +43,9 @@ bool may_continue(const Decoded& d) {
     default: break;
   }
   switch (d.mnemonic()) {
-    case ZYDIS_MNEMONIC_CLD:
     case ZYDIS_MNEMONIC_STD:
-    case ZYDIS_MNEMONIC_CLI:
-    case ZYDIS_MNEMONIC_PUSHFQ:
-    case ZYDIS_MNEMONIC_RDTSC:
-    case ZYDIS_MNEMONIC_RDTSCP:
     case ZYDIS_MNEMONIC_RDMSR:
     case ZYDIS_MNEMONIC_VERW:
-    case ZYDIS_MNEMONIC_SWAPGS:
     case ZYDIS_MNEMONIC_RDGSBASE:
     case ZYDIS_MNEMONIC_RDFSBASE:
     case ZYDIS_MNEMONIC_WRGSBASE:
@@ -104,7 +98,7 @@ bool operands_fit(const Decoded& d, bool& vector) {
   return spilled <= (memory ? 1u : 2u);
 }
 
-Kind kind_of(const Decoded& d, bool& vector) {
+Kind kind_of(const Decoded& d, bool supervisor, bool& vector) {
   const ZydisDecodedInstruction& i = d.instruction;
   const bool far = i.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR;
   const bool wide = i.operand_width == 64;
@@ -126,7 +120,7 @@ Kind kind_of(const Decoded& d, bool& vector) {
     case ZYDIS_MNEMONIC_RET: return far ? Kind::step_and_end : Kind::ret;
     case ZYDIS_MNEMONIC_PUSH:
       if (!wide) return Kind::step;
-      if (d.is_memory(0)) return Kind::step;
+      if (d.is_memory(0)) return plain(0) ? Kind::push_memory : Kind::step;
       return d.is_immediate(0) || general_register(d.operands[0]) >= 0 ? Kind::push : Kind::step;
     case ZYDIS_MNEMONIC_POP:
       if (!wide || d.is_memory(0)) return Kind::step;
@@ -141,8 +135,20 @@ Kind kind_of(const Decoded& d, bool& vector) {
     case ZYDIS_MNEMONIC_BTS:
     case ZYDIS_MNEMONIC_BTR:
     case ZYDIS_MNEMONIC_BTC:
-      if (d.is_memory(0) && d.is_register(1)) return Kind::step;
+      if (!d.is_memory(0) || !d.is_register(1)) break;
+      return plain(0) && i.operand_width >= 32 ? Kind::bit_string : Kind::step;
+    case ZYDIS_MNEMONIC_MOV:
+      if (d.is_register(0) && general_register(d.operands[0]) >= 0 && d.is_register(1) &&
+          d.register_class(1) == ZYDIS_REGCLASS_SEGMENT)
+        return d.operands[0].size >= 32 ? Kind::move_from_segment : Kind::step;
       break;
+    case ZYDIS_MNEMONIC_CLD: return Kind::clear_flag;
+    case ZYDIS_MNEMONIC_CLI: return supervisor ? Kind::clear_flag : Kind::step;
+    case ZYDIS_MNEMONIC_STI: return supervisor ? Kind::set_interrupt : Kind::step_and_end;
+    case ZYDIS_MNEMONIC_SWAPGS: return supervisor ? Kind::swap_gs : Kind::step;
+    case ZYDIS_MNEMONIC_PUSHFQ: return Kind::push_flags;
+    case ZYDIS_MNEMONIC_RDTSC:
+    case ZYDIS_MNEMONIC_RDTSCP: return Kind::read_time;
     default: break;
   }
   switch (i.meta.category) {
@@ -152,6 +158,7 @@ Kind kind_of(const Decoded& d, bool& vector) {
       return is_short || is_long ? Kind::jump_if : Kind::step_and_end;
     }
     case ZYDIS_CATEGORY_NOP:
+    case ZYDIS_CATEGORY_WIDENOP:
     case ZYDIS_CATEGORY_PREFETCH:
       return i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ? Kind::nothing : Kind::step_and_end;
     default: break;
@@ -169,18 +176,25 @@ Kind kind_of(const Decoded& d, bool& vector) {
 
 }  // namespace
 
-Analysis analyse(const Decoded& d) {
+Analysis analyse(const Decoded& d, bool supervisor) {
   Analysis result;
-  result.kind = kind_of(d, result.vector);
+  result.kind = kind_of(d, supervisor, result.vector);
   switch (result.kind) {
     case Kind::step:
     case Kind::want_vectors:
+    case Kind::push_flags:
     case Kind::step_and_end: return result;  // the flags go into the state: all are read
     case Kind::nothing:
     case Kind::lea:
     case Kind::push:
     case Kind::pop:
     case Kind::leave:
+    case Kind::push_memory:
+    case Kind::move_from_segment:
+    case Kind::clear_flag:
+    case Kind::set_interrupt:
+    case Kind::swap_gs:
+    case Kind::read_time:
     case Kind::jump:
     case Kind::call:
     case Kind::jump_indirect:

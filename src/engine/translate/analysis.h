@@ -16,6 +16,14 @@ enum class Kind : u8 {
   push,
   pop,
   leave,
+  push_memory,
+  push_flags,
+  move_from_segment,
+  bit_string,     ///< BT, BTS, BTR, BTC of a bit that a register numbers, in memory
+  clear_flag,     ///< CLI, CLD
+  set_interrupt,  ///< STI
+  swap_gs,
+  read_time,  ///< RDTSC, RDTSCP
   jump,
   jump_if,
   call,
@@ -34,6 +42,7 @@ struct Analysis {
   bool vector = false;   ///< needs the guest's vector registers
 };
 
-Analysis analyse(const Decoded& d);
+/// supervisor: of code at CPL 0, else at CPL 3.
+Analysis analyse(const Decoded& d, bool supervisor);
 
 }  // namespace anykvm::engine::translate

@@ -103,10 +103,17 @@ class Assembler {
     dword(offset);
   }
   /// pext to, from, gs:[offset]: gathers the masked bits; flags stay.
-  void extract_bits(Register to, Register from, u32 offset) {
-    byte(0x65);
-    bytes(0xc4, (~to >> 3 & 1) << 7 | 0x60 | 0x02, 0x80 | (~from & 15) << 3 | 0x02, 0xf5, (to & 7) << 3 | 4, 0x25);
-    dword(offset);
+  void extract_bits(Register to, Register from, u32 offset) { parallel_bits(0x02, to, from, offset); }
+  /// pdep to, from, gs:[offset]: spreads the low bits to the masked ones; flags stay.
+  void deposit_bits(Register to, Register from, u32 offset) { parallel_bits(0x03, to, from, offset); }
+
+  // --- shifts that leave the flags alone
+  // -------------------------------------------------------------------------------
+  void shift_left(Register to, Register from, Register count) { shift(0x01, to, from, count); }
+  void shift_right_signed(Register to, Register from, Register count) { shift(0x02, to, from, count); }
+  void shift_right_unsigned(Register to, Register from, Register count) { shift(0x03, to, from, count); }
+  void sign_extend32(Register to, Register from) {
+    bytes(rex(1, to, 0, from), 0x63, 0xc0 | (to & 7) << 3 | (from & 7));
   }
 
   // --- memory through a register
@@ -114,6 +121,11 @@ class Assembler {
   void load_from(Register to, Register base, s32 displacement, bool wide = true) {
     byte(rex(wide, to, 0, base));
     byte(0x8b);
+    address(to, base, displacement);
+  }
+  /// movzx to, word [base + displacement]
+  void load_word(Register to, Register base, s32 displacement) {
+    bytes(rex(0, to, 0, base), 0x0f, 0xb7);
     address(to, base, displacement);
   }
   void store_to(Register base, s32 displacement, Register from) {
@@ -150,6 +162,10 @@ class Assembler {
     bytes(0xe3, 0);
     return at_ - 1;
   }
+  u8* jump_short_later() {
+    bytes(0xeb, 0);
+    return at_ - 1;
+  }
   void aim_short(u8* at) {
     if (!overflowed_) *at = u8(at_ - (at + 1));
   }
@@ -168,11 +184,22 @@ class Assembler {
     if (reg >= 8) byte(0x41);
     byte(0x58 | (reg & 7));
   }
+  void push_flags() { byte(0x9c); }
   void ret() { byte(0xc3); }
 
  private:
   static unsigned rex(unsigned w, unsigned reg, unsigned index, unsigned base) {
     return 0x40 | (w ? 8u : 0u) | (reg >> 3 & 1) << 2 | (index >> 3 & 1) << 1 | (base >> 3 & 1);
+  }
+  /// VEX.0F38 /r with mandatory prefix pp, 64 bits: [C4] [R~ X~ B~ map 2] [W vvvv~ L pp].
+  void parallel_bits(unsigned pp, Register to, Register from, u32 offset) {
+    byte(0x65);
+    bytes(0xc4, (~to >> 3 & 1) << 7 | 0x60 | 0x02, 0x80 | (~from & 15) << 3 | pp, 0xf5, (to & 7) << 3 | 4, 0x25);
+    dword(offset);
+  }
+  void shift(unsigned pp, Register to, Register from, Register count) {
+    bytes(0xc4, (~to >> 3 & 1) << 7 | 0x40 | (~from >> 3 & 1) << 5 | 0x02, 0x80 | (~count & 15) << 3 | pp, 0xf7,
+          0xc0 | (to & 7) << 3 | (from & 7));
   }
   void relative(const u8* target) { dword(u32(s32(target - (at_ + 4)))); }
   u8* hole() {

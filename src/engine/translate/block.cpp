@@ -3,21 +3,12 @@
 #include <bit>
 
 #include "engine/interpret/operands.h"
-#include "engine/translate/analysis.h"
 #include "engine/translate/rewrite.h"
+#include "engine/translate/translation.h"
 
 namespace anykvm::engine::translate {
 
 namespace {
-
-constexpr unsigned most_instructions = 48;
-
-struct Guest {
-  Decoded d;
-  Analysis what;
-  u16 offset, next;  ///< in the page
-  bool flags_live;   ///< some flag must survive what is added before this instruction
-};
 
 bool decode_at(const u8* page, unsigned offset, Decoded& d) {
   if (offset >= page_size) return false;
@@ -25,97 +16,33 @@ bool decode_at(const u8* page, unsigned offset, Decoded& d) {
   return ZYAN_SUCCESS(decode_instruction(page + offset, available, 64, d));
 }
 
-bool ends_block(Kind kind) { return kind == Kind::step_and_end || kind == Kind::want_vectors || kind >= Kind::jump; }
+bool ends_block(Kind kind) {
+  return kind == Kind::step_and_end || kind == Kind::want_vectors || (kind >= Kind::jump && kind != Kind::jump_if);
+}
 
 /// Whether all flags are overwritten from here on before any is read, as far as a few instructions show.
-bool flags_dead_at(const u8* page, s64 offset) {
+bool flags_dead_at(const u8* page, s64 offset, bool supervisor) {
   u32 live = all_flags;
   for (unsigned n = 0; n < 4 && offset >= 0; ++n) {
     Decoded d;
     if (!decode_at(page, unsigned(offset), d)) return false;
-    const Analysis what = analyse(d);
+    const Analysis what = analyse(d, supervisor);
     if (what.flags_read & live) return false;
     live &= ~what.flags_killed;
     if (!live) return true;
-    if (ends_block(what.kind)) return false;
+    if (ends_block(what.kind) || what.kind == Kind::jump_if) return false;
     offset += d.instruction.length;
   }
   return false;
 }
 
-/// Emits one block. The cold parts, which leave or refill the TLB, follow the hot ones.
-class Translation {
- public:
-  Translation(const BlockRequest& request, u8* at, u8* end) : request_(request), a_(at, end) {}
-  BlockCode run();
-
- private:
-  /// How a guest address is computed: again in the cold part.
-  struct Address {
-    int base = -1, index = -1;  ///< guest registers
-    unsigned shift = 0;
-    s32 displacement = 0;
-    bool rip_relative = false;
-    int segment = -1;  ///< FS or GS
-  };
-  struct Cold {
-    enum class Kind : u8 { refill, step, link, back_edge } kind;
-    bool restores_rcx;
-    u8* site;  ///< the jump that comes here
-    const u8* retry;
-    Address address;
-    u32 fill;
-    unsigned guest;  ///< instruction
-    s32 target;      ///< link, back_edge: offset of the target in the page
-    bool flags_live;
-  };
-
-  void collect();
-  void emit(unsigned n);
-  void emit_native(const Guest& g, unsigned n);
-  void emit_lea(const Guest& g);
-  void emit_cold(const Cold& cold);
-
-  Address address_of(const Guest& g, const ZydisDecodedOperand& operand) const;
-  void compute(const Address& address);
-  /// Leaves the host address of [address, size) in the address scratch register.
-  void check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live, unsigned alignment = 0);
-  void step(const Guest& g, bool leave);
-  void link(s32 target, bool flags_live, unsigned n);
-  void to_page_offset(Register to, s32 offset) {
-    a_.load(to, offsetof(Context, page_base));
-    a_.lea(to, to, -1, 0, offset);
-  }
-  /// Continues at the guest address in the address scratch register, wherever that is.
-  void indirect();
-  void push_return_address(const Guest& g, unsigned n);
-  u32 tlb(unsigned field) const {
-    return offsetof(Context, tlb) + unsigned(request_.mode.privilege) * sizeof(TlbEntry) * tlb_entries + field;
-  }
-  void add_cold(const Cold& cold) {
-    if (cold_count_ < std::size(cold_))
-      cold_[cold_count_++] = cold;
-    else
-      out_of_room_ = true;
-  }
-  const u8* leave() const { return request_.stubs->leave[request_.mode.vectors]; }
-
-  const BlockRequest& request_;
-  Assembler a_;
-  Guest guests_[most_instructions];
-  unsigned count_ = 0;
-  const u8* after_[most_instructions] = {};  ///< where the code of the next instruction begins
-  Cold cold_[most_instructions * 4];
-  unsigned cold_count_ = 0;
-  bool out_of_room_ = false;
-  bool falls_through_ = false;
-  bool exit_flags_live_ = true;
-};
-
 s32 branch_target(const Guest& g) { return s32(g.next) + s32(g.d.operands[0].imm.value.s); }
 bool in_page(s32 offset) { return offset >= 0 && offset < s32(page_size); }
 
+}  // namespace
+
 void Translation::collect() {
+  const bool supervisor = request_.mode.privilege != x86::Privilege::user;
   unsigned offset = request_.offset;
   falls_through_ = true;
   while (count_ < most_instructions) {
@@ -124,6 +51,7 @@ void Translation::collect() {
     if (!decode_at(request_.page, offset, g.d)) {
       // Undefined, or it continues on the next page: the reference engine knows.
       if (count_ == 0) {
+        g.d.instruction.mnemonic = ZYDIS_MNEMONIC_INVALID;
         g.what = {};
         g.next = u16(offset);
         ++count_;
@@ -131,29 +59,40 @@ void Translation::collect() {
       }
       break;
     }
-    g.what = analyse(g.d);
+    g.what = analyse(g.d, supervisor);
     if (g.what.vector && !request_.vectors_allowed) g.what = {.kind = Kind::step_and_end};
     if (g.what.vector && !request_.mode.vectors) g.what = {.kind = Kind::want_vectors};
     offset += g.d.instruction.length;
     g.next = u16(offset);
     ++count_;
+    if (g.what.kind == Kind::jump && branch_target(g) >= s32(g.next) && in_page(branch_target(g))) {
+      g.what.kind = Kind::nothing;
+      offset = unsigned(branch_target(g));
+    }
     if (ends_block(g.what.kind)) {
       falls_through_ = false;
       break;
     }
     if (offset >= page_size) break;
   }
+  falls_to_ = s32(offset);
+  // Between STI and the instruction behind it no interrupt may come.
+  if (guests_[count_ - 1].what.kind == Kind::set_interrupt) {
+    guests_[count_ - 1].what = {.kind = Kind::step_and_end};
+    falls_through_ = false;
+  }
 
   // Flags that are live behind the block: those that its successors may read.
   const Guest& last = guests_[count_ - 1];
+  const auto dead = [&](s32 target) { return in_page(target) && flags_dead_at(request_.page, target, supervisor); };
   u32 live = all_flags;
-  const auto dead = [&](s32 target) { return in_page(target) && flags_dead_at(request_.page, target); };
-  if (falls_through_ && dead(last.next)) live = 0;
+  if (falls_through_ && dead(falls_to_)) live = 0;
   if (last.what.kind == Kind::jump && dead(branch_target(last))) live = 0;
-  if (last.what.kind == Kind::jump_if && dead(branch_target(last)) && dead(last.next)) live = 0;
   exit_flags_live_ = live != 0;
   for (unsigned n = count_; n-- > 0;) {
     Guest& g = guests_[n];
+    g.taken_flags_live = g.what.kind == Kind::jump_if && !dead(branch_target(g));
+    if (g.taken_flags_live) live = all_flags;
     live = (live & ~g.what.flags_killed) | g.what.flags_read;
     g.flags_live = live != 0;
   }
@@ -180,6 +119,10 @@ Translation::Address Translation::address_of(const Guest& g, const ZydisDecodedO
 /// The guest's linear address to the address scratch register. Flags and everything but the scratch registers stay.
 void Translation::compute(const Address& address) {
   int base = address.base, index = address.index;
+  if (address.computed) {
+    a_.load(address_scratch, offsetof(Context, target));
+    return;
+  }
   if (address.rip_relative) {
     a_.load(address_scratch, offsetof(Context, page_base));
     base = address_scratch;
@@ -263,7 +206,7 @@ void Translation::check(const Address& address, unsigned size, bool write, unsig
 }
 
 void Translation::step(const Guest& g, bool leave) {
-  a_.move_immediate32(address_scratch, g.offset | u32(g.next) << 16 | (leave ? step_and_leave : 0));
+  a_.move_immediate64(address_scratch, StepRequest::encode(g.offset, g.next, leave, unsigned(g.d.mnemonic())));
   a_.call(request_.stubs->step[request_.mode.vectors]);
 }
 
@@ -370,6 +313,29 @@ void Translation::link(s32 target, bool flags_live, unsigned n) {
   add_cold(cold);
 }
 
+/// Straight to where it goes, unless something must be looked at on the way.
+void Translation::emit_jump_if(const Guest& g, unsigned n) {
+  const unsigned condition = g.d.instruction.opcode & 15;
+  const s32 target = branch_target(g);
+  if (in_page(target) && target > s32(g.offset)) {
+    u8* const site = a_.jump_if_later(condition);
+    if (const Block* block = request_.cache->find(request_.address + unsigned(target), request_.mode.number())) {
+      a_.aim(site, block->code);
+    } else {
+      Cold cold{};
+      cold.kind = Cold::Kind::link;
+      cold.target = target;
+      cold.guest = n;
+      cold.site = site;
+      add_cold(cold);
+    }
+    return;
+  }
+  u8* const not_taken = a_.jump_if_later(condition ^ 1);
+  link(target, g.taken_flags_live, n);
+  a_.aim(not_taken);
+}
+
 void Translation::indirect() {
   constexpr Register rcx = x86::rcx;
   const u32 jumps = u32(offsetof(Context, jumps) + request_.mode.number() * sizeof(JumpCache));
@@ -385,7 +351,7 @@ void Translation::indirect() {
   u8* hit = a_.jump_if_rcx_zero_later();
   a_.aim(miss);
   a_.load(rcx, offsetof(Context, temporary));
-  a_.jump(leave());
+  a_.jump(request_.stubs->find[request_.mode.vectors]);
   a_.aim_short(hit);
   a_.load(rcx, jumps + u32(offsetof(JumpCache, page_base)), index_scratch, 3);
   a_.store(offsetof(Context, page_base), rcx);
@@ -451,13 +417,15 @@ void Translation::emit(unsigned n) {
       a_.move(x86::rbp, address_scratch);
       break;
     case Kind::jump: link(branch_target(g), exit_flags_live_, n); break;
-    case Kind::jump_if: {
-      u8* not_taken = a_.jump_if_later((g.d.instruction.opcode & 15) ^ 1);
-      link(branch_target(g), exit_flags_live_, n);
-      a_.aim(not_taken);
-      link(g.next, exit_flags_live_, n);
-      break;
-    }
+    case Kind::jump_if: emit_jump_if(g, n); break;
+    case Kind::push_memory: emit_push_memory(g, n); break;
+    case Kind::push_flags: emit_push_flags(g, n); break;
+    case Kind::move_from_segment: emit_move_from_segment(g); break;
+    case Kind::bit_string: emit_bit_string(g, n); break;
+    case Kind::clear_flag: emit_clear_flag(g); break;
+    case Kind::set_interrupt: emit_set_interrupt(n); break;
+    case Kind::swap_gs: emit_swap_gs(); break;
+    case Kind::read_time: emit_read_time(g, n); break;
     case Kind::call:
       push_return_address(g, n);
       link(branch_target(g), true, n);
@@ -533,7 +501,7 @@ BlockCode Translation::run() {
     emit(n);
     after_[n] = a_.here();
   }
-  if (falls_through_) link(guests_[count_ - 1].next, exit_flags_live_, count_ - 1);
+  if (falls_through_) link(falls_to_, exit_flags_live_, count_ - 1);
   for (unsigned n = 0; n < cold_count_; ++n) emit_cold(cold_[n]);
   const u32 code_bytes = u32(a_.here() - begin);
   for (unsigned n = 0; n < count_; ++n) {
@@ -543,8 +511,6 @@ BlockCode Translation::run() {
   if (a_.overflowed() || out_of_room_) return {};
   return {a_.here(), code_bytes, count_};
 }
-
-}  // namespace
 
 BlockCode translate_block(const BlockRequest& request, u8* at, u8* end) {
   Translation translation(request, at, end);

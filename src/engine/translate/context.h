@@ -41,6 +41,8 @@ struct JumpCache {
   u64 page_base[jump_entries];
 };
 
+constexpr unsigned jump_slot(u64 rip) { return unsigned(rip >> 1) & (jump_entries - 1); }
+
 /// Translated code differs by whose rights it has and by whether the guest's vector registers are in the host's.
 struct Mode {
   static constexpr unsigned count = 6;
@@ -58,12 +60,16 @@ struct Context {
   u64 fs_base, gs_base;
   x86::CpuState* state;
   const std::atomic<u32>* attention;
+  const u32* window_wanted;
+  u64 time_is_refused;  ///< RDTSC and RDTSCP are not what the emitted code takes them for
+  u64 cleared[2];       ///< masks for PEXT and PDEP that leave one flag out: IF, DF
+  u64 arithmetic_flags, interrupt_flag;
   u64 tlb_index_bits, page_number_bits, jump_index_bits, low_bits[3];  ///< masks for PEXT; low_bits: 0xf, 0x1f, 0x3f
   u64 host_stack;
   u64 link_site;  ///< the jump that led out of the code and may be aimed at the next block; 0: none
   void* translator;
   Context* self;
-  u64 target;  ///< of an indirect call, while its return address is pushed
+  u64 target;  ///< a value kept while an address is checked
   u32 host_mxcsr;
   u32 faulted;        ///< left because the host raised an exception in the instruction that is next
   u32 wants_vectors;  ///< left because the next instruction needs the vector registers

@@ -1,11 +1,44 @@
-// A TLB refill from translated code. This file is compiled for general registers only: the guest's vector registers are
-// in the host's meanwhile.
+// What translated code asks for most: a TLB refill, the block that an indirect jump leads to. This file is compiled for
+// general registers only: the guest's vector registers are in the host's meanwhile.
 #include "engine/translate/translator.h"
 
 namespace anykvm::engine::translate {
 
 bool fill_function(Context* context, Gva address, u32 request) {
   return static_cast<Translator*>(context->translator)->fill(address, request);
+}
+
+bool find_function(Context* context, u64 rip) { return static_cast<Translator*>(context->translator)->find(rip); }
+
+void Translator::note_jump(u64 rip, const Block& block) {
+  const unsigned slot = jump_slot(rip);
+  JumpCache& jumps = context_->jumps[mode_.number()];
+  jumps.minus_rip[slot] = -rip;
+  jumps.code[slot] = u64(block.code);
+  jumps.page_base[slot] = rip & page_mask;
+  jump_pages_ |= 1ull << jump_page_bit(rip);
+  if (jumps_used_count_ < std::size(jumps_used_))
+    jumps_used_[jumps_used_count_] = u16(mode_.number() * jump_entries + slot);
+  ++jumps_used_count_;
+}
+
+/// The run loop decides wherever anything is to be looked at first.
+bool Translator::find(u64 rip) {
+  if (cpu_->attention.load(std::memory_order_relaxed) || cpu_->mmu.flush_count() != flushes_seen_ ||
+      !shared_.is_quiet())
+    return false;
+  const x86::Privilege privilege =
+      mode_.privilege == x86::Privilege::user ? x86::Privilege::user : cpu_->system_privilege;
+  const u8* host = cpu_->mmu.lookup(rip, 1, x86::Access::fetch, privilege);
+  if (!host) return false;
+  const CodePage* page = cache_.find_page(u64(host) & page_mask);
+  if (!page || page->verified != epoch_) return false;
+  const Block* block = cache_.find(u64(host), mode_.number());
+  if (!block) return false;
+  note_jump(rip, *block);
+  context_->enter_at = u64(block->code);
+  context_->page_base = rip & page_mask;
+  return true;
 }
 
 bool Translator::fill(Gva address, u32 request) {

@@ -97,6 +97,11 @@ bool SharedCode::watch(u64 page) {
   return own_[own_bit(page) / 64] >> own_bit(page) % 64 & 1;
 }
 
+bool SharedCode::is_quiet() const {
+  return member_ && request_count.load() == member_->served.load(std::memory_order_relaxed) &&
+         write_count.load() == writes_seen_ && !last_watch_;
+}
+
 bool SharedCode::must_flush() {
   if (!member_) return false;
   const u64 count = request_count.load(), served = member_->served.load(std::memory_order_relaxed);

@@ -38,6 +38,8 @@ class SharedCode {
   /// Whether code may have been written that was not told of before. serialized: the guest has executed an instruction
   /// behind which it must see all that was written before.
   [[nodiscard]] bool is_stale(bool serialized);
+  /// Whether must_flush() and is_stale() have nothing to say.
+  [[nodiscard]] bool is_quiet() const;
   /// Makes every other vCPU leave guest code for a moment.
   void tell_others() const;
 

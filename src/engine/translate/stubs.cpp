@@ -77,7 +77,13 @@ void load_guest(Assembler& a, bool vectors, bool whole) {
     if (!in_context(guest)) a.load_from(home(guest), index_scratch, s32(gpr_at + guest * 8));
 }
 
+void jump_to_block(Assembler& a) {
+  a.bytes(0x65, 0xff, 0x24, 0x25);  // jmp gs:[enter_at]
+  a.dword(offsetof(Context, enter_at));
+}
+
 constexpr Register callee_saved[] = {rbx, rbp, 12, 13, 14, 15};
+constexpr Register caller_saved[] = {rax, rcx, rdx, rsi, rdi, 8, 9, 10, 11};
 
 /// From the saved state back to whoever called enter.
 void return_to_host(Assembler& a, bool vectors) {
@@ -97,8 +103,7 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     a.store(offsetof(Context, host_stack), host_rsp);
     if (vectors) mxcsr_context(a, 3, offsetof(Context, host_mxcsr));
     load_guest(a, vectors, whole);
-    a.bytes(0x65, 0xff, 0x24, 0x25);  // jmp gs:[enter_at]
-    a.dword(offsetof(Context, enter_at));
+    jump_to_block(a);
 
     stubs.leave[vectors] = a.here();
     save_guest(a, vectors, whole);
@@ -109,37 +114,71 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     save_guest(a, vectors, whole);
     if (vectors) a.bytes(0xc5, 0xf8, 0x77);
     a.load(rdi, offsetof(Context, self));
-    a.move32(rsi, address_scratch);
+    a.move(rsi, address_scratch);
     // The stack is 16-byte aligned here: six registers and two return addresses lie on it.
     a.move_immediate64(rax, reinterpret_cast<u64>(&step_function));
-    a.bytes(0xff, 0xd0);            // call rax
-    a.bytes(0x84, 0xc0);            // test al, al
-    u8* stop = a.jump_if_later(4);  // jz
+    a.bytes(0xff, 0xd0);  // call rax
+    const auto is = [&](Next next) {
+      a.bytes(0x3c, u8(next));    // cmp al, next
+      return a.jump_if_later(4);  // je
+    };
+    u8* const same = is(Next::same_block);
+    u8* const enter = is(Next::enter);
+    u8* const enter_with_vectors = is(Next::enter_with_vectors);
+    return_to_host(a, false);
+    a.aim(same);
     load_guest(a, vectors, whole);
     a.ret();
-    a.aim(stop);
-    return_to_host(a, false);
+    for (unsigned next_vectors = 0; next_vectors < 2; ++next_vectors) {
+      a.aim(next_vectors ? enter_with_vectors : enter);
+      a.pop(rax);  // the way back into the block
+      load_guest(a, next_vectors, whole);
+      jump_to_block(a);
+    }
   }
 
+  const auto save = [&a] {
+    for (Register reg : caller_saved) a.push(reg);
+    a.bytes(0x9f, 0x0f, 0x90, 0xc0);  // lahf ; seto al
+    a.push(rax);
+    a.bytes(0xfc);
+  };
+  const auto restore = [&a] {
+    a.pop(rax);
+    a.bytes(0x04, 0x7f, 0x9e);  // add al, 0x7f ; sahf
+    for (unsigned n = std::size(caller_saved); n-- > 0;) a.pop(caller_saved[n]);
+  };
+  const auto call = [&a](u64 function) {
+    a.load(rdi, offsetof(Context, self));
+    a.move(rsi, address_scratch);
+    a.move_immediate64(rax, function);
+    a.bytes(0xff, 0xd0);
+    a.bytes(0x84, 0xc0);        // test al, al
+    return a.jump_if_later(5);  // jnz
+  };
+
   stubs.fill = a.here();
-  constexpr Register caller_saved[] = {rax, rcx, rdx, rsi, rdi, 8, 9, 10, 11};
-  for (Register reg : caller_saved) a.push(reg);
-  a.bytes(0x9f, 0x0f, 0x90, 0xc0);  // lahf ; seto al
-  a.push(rax);
-  a.bytes(0xfc);
-  a.load(rdi, offsetof(Context, self));
-  a.move(rsi, address_scratch);
+  save();
   a.move32(rdx, index_scratch);
-  a.move_immediate64(rax, reinterpret_cast<u64>(&fill_function));
-  a.bytes(0xff, 0xd0);
-  a.bytes(0x84, 0xc0);
-  u8* filled = a.jump_if_later(5);         // jnz
+  u8* filled = call(reinterpret_cast<u64>(&fill_function));
   a.bytes(0x48, 0x83, 0x44, 0x24, 80, 5);  // add qword [rsp + 80], 5: the return address
   a.aim(filled);
-  a.pop(rax);
-  a.bytes(0x04, 0x7f, 0x9e);  // add al, 0x7f ; sahf
-  for (unsigned n = std::size(caller_saved); n-- > 0;) a.pop(caller_saved[n]);
+  restore();
   a.ret();
+
+  for (unsigned vectors = 0; vectors < 2; ++vectors) {
+    stubs.find[vectors] = a.here();
+    a.push(rax);  // where fill has a return address: the stack is aligned alike
+    save();
+    u8* found = call(reinterpret_cast<u64>(&find_function));
+    restore();
+    a.pop(rax);
+    a.jump(stubs.leave[vectors]);
+    a.aim(found);
+    restore();
+    a.pop(rax);
+    jump_to_block(a);
+  }
   return stubs;
 }
 

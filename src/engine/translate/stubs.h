@@ -11,17 +11,37 @@ struct Stubs {
   /// Jump here with the guest's RIP in the address scratch register: stores the guest's registers and returns from
   /// enter.
   u8* leave[2];
-  /// Call here with where | next << 16 in the address scratch register: the reference engine executes the instruction
-  /// at that offset in the page. Returns when the guest goes on at `next`, else leaves.
+  /// Call here with a StepRequest in the address scratch register: the reference engine executes the instruction.
+  /// Returns when the guest goes on behind it in the same block, else goes on elsewhere or leaves.
   u8* step[2];
+  /// Jump here with a guest RIP that the jump cache does not have in the address scratch register: goes on there when
+  /// there is a block, else leaves. Keeps every register and the flags.
+  u8* find[2];
   /// Call here with a guest address in the address scratch register and FillRequest in the index scratch register.
   /// Returns behind the call when the TLB has been refilled, else 5 bytes further. Keeps every register and the flags.
   u8* fill;
 };
 // [0]: the vector registers are the host's own; [1]: they are the guest's.
 
-/// For Stubs::step: bit 31 set: leave in any case.
-inline constexpr u32 step_and_leave = 1u << 31;
+/// An instruction for the reference engine.
+struct StepRequest {
+  /// offset, next: in the page. ends: it ends its block. mnemonic: ZydisMnemonic.
+  static constexpr u64 encode(unsigned offset, unsigned next, bool ends, unsigned mnemonic) {
+    return offset | next << 13 | (ends ? 1u << 31 : 0) | u64(mnemonic) << 32;
+  }
+  static unsigned offset(u64 request) { return request & 0x1fff; }
+  static unsigned next(u64 request) { return request >> 13 & 0x1fff; }
+  static bool ends(u64 request) { return request >> 31 & 1; }
+  static unsigned mnemonic(u64 request) { return unsigned(request >> 32); }
+};
+
+/// Where the guest goes on after a step.
+enum class Next : u8 {
+  leave,               ///< the run loop decides
+  same_block,          ///< behind the instruction
+  enter,               ///< at Context::enter_at, without the vector registers
+  enter_with_vectors,  ///< ... with them
+};
 
 /// What a TLB refill is asked for.
 struct FillRequest {
@@ -34,8 +54,10 @@ struct FillRequest {
 };
 
 /// Implemented by the translator; `state` is up to date in step_function.
-bool step_function(Context* context, u32 where_and_next);
+Next step_function(Context* context, u64 request);
 /// Compiled for general registers only: the guest's vector registers stay in place.
+/// true: Context::enter_at is the block at rip.
+bool find_function(Context* context, u64 rip);
 bool fill_function(Context* context, Gva address, u32 request);
 
 /// Emits them at `a`. whole_vectors: zmm registers are kept, not only ymm.

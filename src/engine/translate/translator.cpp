@@ -45,12 +45,10 @@ void set_gs_base(u64 base) {
     syscall(SYS_arch_prctl, ARCH_SET_GS, base);
 }
 
-constexpr unsigned jump_slot(u64 rip) { return unsigned(rip >> 1) & (jump_entries - 1); }
-
 }  // namespace
 
-bool step_function(Context* context, u32 where) {
-  return static_cast<Translator*>(context->translator)->step_in_block(where);
+Next step_function(Context* context, u64 request) {
+  return static_cast<Translator*>(context->translator)->step_in_block(request);
 }
 
 Translator::Translator() : reference_(make_interpreter()) {
@@ -63,6 +61,10 @@ Translator::Translator() : reference_(make_interpreter()) {
   context_->tlb_index_bits = u64(tlb_entries - 1) << 12;
   context_->page_number_bits = page_mask;
   context_->jump_index_bits = u64(jump_entries - 1) << 1;
+  context_->cleared[0] = ~x86::flag::if_;
+  context_->cleared[1] = ~x86::flag::df;
+  context_->arithmetic_flags = x86::flag::arithmetic;
+  context_->interrupt_flag = x86::flag::if_;
   for (unsigned n = 0; n < 3; ++n) context_->low_bits[n] = (16u << n) - 1;
   // Zeroed memory is an empty table but for the slots that page 0 and RIP 0 and their neighbours would match.
   for (auto& table : context_->tlb)
@@ -85,8 +87,8 @@ bool Translator::vectors_allowed() const {
 
 bool Translator::translatable() const {
   const x86::CpuState& s = cpu_->state;
-  return s.code_bits == 64 && !(s.other_flags & (x86::flag::tf | x86::flag::rf)) && !s.event.shadow &&
-         !cpu_->debug_watch && cpu_->data_privilege != x86::Privilege::user_aligned;
+  return s.code_bits == 64 && (s.cpl == 0 || s.cpl == 3) && !(s.other_flags & (x86::flag::tf | x86::flag::rf)) &&
+         !s.event.shadow && !cpu_->debug_watch && cpu_->data_privilege != x86::Privilege::user_aligned;
 }
 
 void Translator::flush_tlb() {
@@ -112,20 +114,45 @@ void Translator::flush_jumps() {
       for (unsigned slot = 0; slot < jump_entries; ++slot) forget(mode, slot);
   }
   jumps_used_count_ = 0;
+  jump_pages_ = 0;
   context_->link_site = 0;
 }
 
 void Translator::follow_flushes() {
-  if (cpu_->mmu.flush_count() == flushes_seen_) return;
-  flushes_seen_ = cpu_->mmu.flush_count();
-  flush_tlb();
-  flush_jumps();
-  ++epoch_;
+  const u64 now = cpu_->mmu.flush_count();
+  if (now == flushes_seen_) return;
+  Gva pages[x86::Mmu::most_pages_told];
+  const int count = cpu_->mmu.pages_flushed_since(flushes_seen_, pages);
+  flushes_seen_ = now;
+  if (count < 0) {
+    flush_tlb();
+    flush_jumps();
+  }
+  for (int n = 0; n < count; ++n) flush_page(pages[n]);
+}
+
+void Translator::flush_page(Gva page) {
+  const unsigned slot = page >> 12 & (tlb_entries - 1);
+  for (auto& table : context_->tlb)
+    if (table[slot].minus_read == -page || table[slot].minus_write == -page)
+      table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
+  if (!(jump_pages_ >> jump_page_bit(page) & 1)) return;
+  if (jumps_used_count_ > std::size(jumps_used_)) {
+    flush_jumps();
+    return;
+  }
+  for (u32 n = 0; n < jumps_used_count_; ++n) {
+    JumpCache& jumps = context_->jumps[jumps_used_[n] / jump_entries];
+    const unsigned jump = jumps_used_[n] % jump_entries;
+    if (jumps.page_base[jump] == page) jumps.minus_rip[jump] = jump == 0;
+  }
 }
 
 void Translator::refresh_segments() {
   context_->fs_base = cpu_->state.segment[x86::fs].base;
   context_->gs_base = cpu_->state.segment[x86::gs].base;
+  context_->time_is_refused = cpu_->state.tsc_ratio || (cpu_->state.cpl && cpu_->state.cr4 & x86::cr4::tsd) ||
+                              !cpu_->cpuid.has(x86::Feature::rdtscp);
 }
 
 void Translator::page_written(const u8* host) {
@@ -155,12 +182,15 @@ Block* Translator::block_at_rip() {
   x86::CpuState& s = cpu_->state;
   const x86::Privilege privilege = s.cpl == 3 ? x86::Privilege::user : cpu_->system_privilege;
   x86::Mmu::Translation where;
+  const u64 walks = cpu_->mmu.walks;
   if (cpu_->mmu.translate(*cpu_, s.rip, x86::Access::fetch, privilege, where) != x86::Result::ok || !where.host)
     return nullptr;
+  const bool newly_mapped = cpu_->mmu.walks != walks;
   const u64 address = reinterpret_cast<u64>(where.host);
   for (unsigned attempt = 0; attempt < 2; ++attempt) {
     CodePage* page = cache_.page_for(address & page_mask);
     if (page && cache_.is_too_lively(*page)) return nullptr;
+    if (page && newly_mapped) page->verified = 0;
     // From now on a store into the page must be noticed: no TLB entry may let one through.
     if (page && (!page->first_block || page->verified != epoch_) && shared_.watch(page->address)) {
       cpu_->mmu.flush_all();
@@ -182,14 +212,7 @@ Block* Translator::block_at_rip() {
       block = make_block(*page, address, mode_);
     }
     if (block) {
-      const unsigned slot = jump_slot(s.rip);
-      JumpCache& jumps = context_->jumps[mode_.number()];
-      jumps.minus_rip[slot] = -s.rip;
-      jumps.code[slot] = u64(block->code);
-      jumps.page_base[slot] = s.rip & page_mask;
-      if (jumps_used_count_ < std::size(jumps_used_))
-        jumps_used_[jumps_used_count_] = u16(mode_.number() * jump_entries + slot);
-      ++jumps_used_count_;
+      note_jump(s.rip, *block);
       return block;
     }
     cache_.clear();
@@ -198,18 +221,49 @@ Block* Translator::block_at_rip() {
   return nullptr;
 }
 
-bool Translator::step_in_block(u32 where) {
+Next Translator::step_in_block(u64 request) {
   x86::CpuState& s = cpu_->state;
-  s.rip = context_->page_base + (where & 0xffff);
+  s.rip = context_->page_base + StepRequest::offset(request);
+  ++steps_[StepRequest::mnemonic(request)];
   reference_->step(*cpu_);
-  if (where & step_and_leave) {
+  if (StepRequest::ends(request)) {
     serialized_ = true;
-    return false;
+    return go_on();
   }
   refresh_segments();
-  return cpu_->exit.kind == ExitKind::none && s.rip == context_->page_base + (where >> 16 & 0x7fff) && translatable() &&
-         cpu_->data_privilege == mode_.privilege && !code_dropped_ && cpu_->mmu.flush_count() == flushes_seen_ &&
-         (!mode_.vectors || vectors_allowed());
+  const bool same = cpu_->exit.kind == ExitKind::none && s.rip == context_->page_base + StepRequest::next(request) &&
+                    translatable() && cpu_->data_privilege == mode_.privilege && !code_dropped_ &&
+                    cpu_->mmu.flush_count() == flushes_seen_ && (!mode_.vectors || vectors_allowed());
+  return same ? Next::same_block : go_on();
+}
+
+Next Translator::go_on() {
+  x86::Cpu& cpu = *cpu_;
+  if (cpu.exit.kind != ExitKind::none || cpu.attention.load(std::memory_order_relaxed) || !translatable() ||
+      !shared_.is_quiet())
+    return Next::leave;
+  follow_flushes();
+  const Mode mode = next_mode(false);
+  const JumpCache& jumps = context_->jumps[mode.number()];
+  const unsigned slot = jump_slot(cpu.state.rip);
+  if (jumps.minus_rip[slot] + cpu.state.rip != 0) return Next::leave;
+  mode_ = mode;
+  code_dropped_ = false;
+  context_->enter_at = jumps.code[slot];
+  context_->page_base = jumps.page_base[slot];
+  refresh_segments();
+  return mode.vectors ? Next::enter_with_vectors : Next::enter;
+}
+
+/// Kernels hardly use the vector registers: their code begins without. User code has them if it had them last.
+Mode Translator::next_mode(bool wants_vectors) {
+  Mode mode = mode_;
+  if (mode.privilege != cpu_->data_privilege) {
+    if (mode.privilege == x86::Privilege::user) user_vectors_ = mode.vectors;
+    mode = {cpu_->data_privilege, cpu_->data_privilege == x86::Privilege::user && user_vectors_};
+  }
+  mode.vectors = (mode.vectors || wants_vectors) && vectors_allowed();
+  return mode;
 }
 
 bool Translator::recover(void* ucontext) {
@@ -232,6 +286,15 @@ void Translator::abandon() {
   shared_.leave();
 }
 
+void Translator::for_each_step(void (*f)(void* arg, const char* mnemonic, u64 count), void* arg) const {
+  for (unsigned mnemonic = 0; mnemonic < std::size(steps_); ++mnemonic) {
+    const u64 count = __atomic_load_n(&steps_[mnemonic], __ATOMIC_RELAXED);
+    if (!count) continue;
+    const char* name = mnemonic == ZYDIS_MNEMONIC_INVALID ? "" : ZydisMnemonicGetString(ZydisMnemonic(mnemonic));
+    f(arg, name, count);
+  }
+}
+
 void Translator::run(x86::Cpu& cpu) {
   const os::FaultRecovery recovery(
       [](void* self, void* ucontext) { return static_cast<Translator*>(self)->recover(ucontext); }, this);
@@ -252,8 +315,8 @@ void Translator::run_blocks(x86::Cpu& cpu) {
   }
   context_->state = &cpu.state;
   context_->attention = &cpu.attention;
+  context_->window_wanted = &cpu.window_wanted;
   context_->link_site = 0;
-  mode_.vectors = false;
   ++epoch_;
   flush_jumps();
 
@@ -273,19 +336,17 @@ void Translator::run_blocks(x86::Cpu& cpu) {
     }
     follow_flushes();
     const unsigned mode_before = mode_.number();
-    if (mode_.privilege != cpu.data_privilege) mode_ = {cpu.data_privilege, false};
-    const bool allowed = vectors_allowed();
-    const bool wants_vectors = context_->wants_vectors;
-    context_->wants_vectors = 0;
-    mode_.vectors = allowed && (mode_.vectors || wants_vectors);
+    const bool wants_vectors = std::exchange(context_->wants_vectors, 0);
+    mode_ = next_mode(wants_vectors);
     const u64 link_site = mode_.number() == mode_before ? context_->link_site : 0;
     // An instruction in which the host raised an exception: the reference engine finds out why, and what the guest
     // gets.
     const bool faulted = std::exchange(context_->faulted, 0);
-    Block* block = translatable() && (allowed || !wants_vectors) && !faulted ? block_at_rip() : nullptr;
+    Block* block = translatable() && (mode_.vectors || !wants_vectors) && !faulted ? block_at_rip() : nullptr;
     if (!block) {
       context_->link_site = 0;
       reference_->step(cpu);
+      ++steps_[ZYDIS_MNEMONIC_INVALID];
       serialized_ = true;
       if (cpu.exit.kind != ExitKind::none) return;
       continue;

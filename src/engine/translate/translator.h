@@ -2,6 +2,8 @@
 // See docs/translator.md.
 #pragma once
 
+#include <Zydis/Zydis.h>
+
 #include <memory>
 
 #include "engine/engine.h"
@@ -23,17 +25,25 @@ class Translator final : public Engine {
   const char* name() const override { return "translate"; }
 
   void abandon() override;
+  void for_each_step(void (*f)(void* arg, const char* mnemonic, u64 count), void* arg) const override;
 
-  bool step_in_block(u32 where);
+  Next step_in_block(u64 request);
   bool fill(Gva address, u32 request);
+  bool find(u64 rip);
 
  private:
   void run_blocks(x86::Cpu& cpu);
+  /// Where to go on, with the state complete, without a way through the run loop if possible.
+  Next go_on();
   bool translatable() const;
   bool vectors_allowed() const;
+  Mode next_mode(bool wants_vectors);
   void follow_flushes();
   void flush_tlb();
   void flush_jumps();
+  void flush_page(Gva page);
+  static constexpr unsigned jump_page_bit(Gva page) { return unsigned(page >> 12) % 64; }
+  void note_jump(u64 rip, const Block& block);
   void refresh_segments();
   /// The block for RIP, made when there is none; nullptr where only the reference engine can go on.
   Block* block_at_rip();
@@ -53,10 +63,13 @@ class Translator final : public Engine {
   u64 callers_gs_base_ = 0;
   bool in_run_ = false;
   SharedCode shared_;
-  bool serialized_ = false;    ///< the guest has executed an instruction that serializes, perhaps
-  bool code_dropped_ = false;  ///< the block that runs may be gone
+  bool user_vectors_ = false;                     ///< user code had the vector registers when it was left
+  bool serialized_ = false;                       ///< the guest has executed an instruction that serializes, perhaps
+  bool code_dropped_ = false;                     ///< the block that runs may be gone
+  u64 steps_[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {};  ///< of the reference engine, by mnemonic
   // What is in use, so that a flush touches only that.
   u32 tlb_used_count_ = 0, jumps_used_count_ = 0;
+  u64 jump_pages_ = 0;  ///< of which pages the jump cache may have targets: one hashed bit each
   u16 tlb_used_[2048];
   u16 jumps_used_[4096];
 };

@@ -1,0 +1,166 @@
+// What kernels do all the time beyond computing, emitted in place: interrupt and direction flag, SWAPGS, PUSHF, the
+// time stamp, selectors, bit strings. Each changes the state as the reference engine's handler of the instruction does,
+// and leaves to it what is not the common case. Host flags are the guest's meanwhile: nothing here changes them.
+#include "engine/translate/translation.h"
+
+#include "engine/translate/rewrite.h"
+
+namespace anykvm::engine::translate {
+
+namespace {
+
+using x86::rcx, x86::rax, x86::rdx, x86::rsp;
+constexpr s32 other_flags_at = offsetof(x86::CpuState, other_flags);
+constexpr s32 gs_base_at =
+    offsetof(x86::CpuState, segment) + x86::gs * sizeof(x86::Segment) + offsetof(x86::Segment, base);
+constexpr s32 kernel_gs_base_at = offsetof(x86::CpuState, msr) + offsetof(x86::MsrState, kernel_gs_base);
+constexpr s32 tsc_aux_at = offsetof(x86::CpuState, msr) + offsetof(x86::MsrState, tsc_aux);
+constexpr u32 temporary = offsetof(Context, temporary), at_state = offsetof(Context, state),
+              target = offsetof(Context, target);
+
+}  // namespace
+
+void Translation::step_restoring_rcx(unsigned n) {
+  Cold cold{};
+  cold.kind = Cold::Kind::step;
+  cold.guest = n;
+  cold.restores_rcx = true;
+  cold.site = a_.jump_later();
+  add_cold(cold);
+}
+
+void Translation::emit_push_memory(const Guest& g, unsigned n) {
+  check(address_of(g, g.d.operands[0]), 8, false, n, g.flags_live);
+  a_.load_from(address_scratch, address_scratch, 0);
+  a_.store(target, address_scratch);
+  check({.base = rsp, .displacement = -8}, 8, true, n, g.flags_live);
+  a_.load(index_scratch, target);
+  a_.store_to(address_scratch, 0, index_scratch);
+  a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
+}
+
+void Translation::emit_push_flags(const Guest&, unsigned n) {
+  a_.push_flags();
+  a_.pop(address_scratch);
+  a_.extract_bits(address_scratch, address_scratch, offsetof(Context, arithmetic_flags));
+  a_.deposit_bits(address_scratch, address_scratch, offsetof(Context, arithmetic_flags));
+  a_.load(index_scratch, at_state);
+  a_.load_from(index_scratch, index_scratch, other_flags_at);
+  a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
+  a_.store(target, address_scratch);
+  check({.base = rsp, .displacement = -8}, 8, true, n, true);
+  a_.load(index_scratch, target);
+  a_.store_to(address_scratch, 0, index_scratch);
+  a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
+}
+
+void Translation::emit_move_from_segment(const Guest& g) {
+  const unsigned to = unsigned(general_register(g.d.operands[0]));
+  const auto segment = unsigned(ZydisRegisterGetId(g.d.operands[1].reg.value));
+  a_.load(index_scratch, at_state);
+  const Register reg = in_context(to) ? index_scratch : home(to);
+  a_.load_word(
+      reg, index_scratch,
+      s32(offsetof(x86::CpuState, segment) + segment * sizeof(x86::Segment) + offsetof(x86::Segment, selector)));
+  if (in_context(to)) a_.store(spill_slot(to), reg);
+}
+
+/// The register numbers a bit from the operand's first, before it or far behind: the address is that of the word that
+/// holds the bit.
+void Translation::emit_bit_string(const Guest& g, unsigned n) {
+  const unsigned bytes = g.d.operands[0].size / 8, shift = bytes == 8 ? 6 : 5;
+  const unsigned guest = unsigned(general_register(g.d.operands[1]));
+  const auto load_number = [&](Register to) {
+    if (in_context(guest))
+      a_.load(to, spill_slot(guest));
+    else if (guest != rcx)
+      a_.move(to, home(guest));
+    else
+      a_.load(to, temporary);
+  };
+  a_.store(temporary, rcx);
+  compute(address_of(g, g.d.operands[0]));
+  load_number(index_scratch);
+  if (bytes == 4) a_.sign_extend32(index_scratch, index_scratch);
+  a_.move_immediate32(rcx, shift);
+  a_.shift_right_signed(index_scratch, index_scratch, rcx);
+  a_.load(rcx, temporary);
+  a_.lea(address_scratch, address_scratch, index_scratch, bytes == 8 ? 3 : 2, 0);
+  a_.store(target, address_scratch);
+  const bool writes = g.d.mnemonic() != ZYDIS_MNEMONIC_BT;
+  check({.computed = true}, bytes, writes, n, g.flags_live);
+  if (guest == rcx)
+    a_.move(index_scratch, rcx);
+  else
+    load_number(index_scratch);
+  a_.extract_bits(index_scratch, index_scratch, offsetof(Context, low_bits) + (bytes == 8 ? 16 : 8));
+  if (g.d.instruction.attributes & ZYDIS_ATTRIB_HAS_LOCK) a_.byte(0xf0);
+  // The opcode's byte as it was: BT A3, BTS AB, BTR B3, BTC BB.
+  a_.bytes(0x45 | (bytes == 8 ? 8 : 0), 0x0f, g.d.instruction.opcode, (index_scratch & 7) << 3 | (address_scratch & 7));
+}
+
+void Translation::emit_clear_flag(const Guest& g) {
+  const u32 others = offsetof(Context, cleared) + (g.d.mnemonic() == ZYDIS_MNEMONIC_CLD ? 8 : 0);
+  a_.load(index_scratch, at_state);
+  a_.load_from(address_scratch, index_scratch, other_flags_at);
+  a_.extract_bits(address_scratch, address_scratch, others);
+  a_.deposit_bits(address_scratch, address_scratch, others);
+  a_.store_to(index_scratch, other_flags_at, address_scratch);
+}
+
+/// Where nothing waits for the interrupt window, nothing can come between STI and the instruction behind it: what comes
+/// later is seen at the next branch.
+void Translation::emit_set_interrupt(unsigned n) {
+  a_.load(index_scratch, at_state);
+  a_.load_from(address_scratch, index_scratch, other_flags_at);
+  a_.store(temporary, rcx);
+  a_.extract_bits(rcx, address_scratch, offsetof(Context, interrupt_flag));
+  u8* const clear = a_.jump_if_rcx_zero_later();
+  u8* const set = a_.jump_short_later();
+  a_.aim_short(clear);
+  a_.load(rcx, offsetof(Context, window_wanted));
+  a_.bytes(0x8b, 0x09);  // mov ecx, [rcx]
+  u8* const nothing_waits = a_.jump_if_rcx_zero_later();
+  step_restoring_rcx(n);
+  a_.aim_short(nothing_waits);
+  a_.lea(address_scratch, address_scratch, -1, 0, s32(x86::flag::if_));
+  a_.store_to(index_scratch, other_flags_at, address_scratch);
+  a_.aim_short(set);
+  a_.load(rcx, temporary);
+}
+
+void Translation::emit_swap_gs() {
+  a_.store(temporary, rcx);
+  a_.load(index_scratch, at_state);
+  a_.load_from(address_scratch, index_scratch, gs_base_at);
+  a_.load_from(rcx, index_scratch, kernel_gs_base_at);
+  a_.store_to(index_scratch, kernel_gs_base_at, address_scratch);
+  a_.store_to(index_scratch, gs_base_at, rcx);
+  a_.store(offsetof(Context, gs_base), rcx);
+  a_.load(rcx, temporary);
+}
+
+void Translation::emit_read_time(const Guest& g, unsigned n) {
+  const bool with_id = g.d.mnemonic() == ZYDIS_MNEMONIC_RDTSCP;
+  a_.store(temporary, rcx);
+  a_.load(rcx, offsetof(Context, time_is_refused));
+  u8* const allowed = a_.jump_if_rcx_zero_later();
+  step_restoring_rcx(n);
+  a_.aim_short(allowed);
+  if (with_id) a_.bytes(0x0f, 0xae, 0xe8);  // lfence: behind all loads before it
+  a_.bytes(0x0f, 0x31);                     // rdtsc
+  a_.move_immediate32(rcx, 32);
+  a_.shift_left(address_scratch, rdx, rcx);
+  a_.lea(address_scratch, address_scratch, rax, 0, 0);
+  a_.load(index_scratch, at_state);
+  a_.load_from(rax, index_scratch, offsetof(x86::CpuState, tsc_offset));
+  a_.lea(address_scratch, address_scratch, rax, 0, 0);
+  a_.move32(rax, address_scratch);
+  a_.shift_right_unsigned(rdx, address_scratch, rcx);
+  if (with_id)
+    a_.load_from(rcx, index_scratch, tsc_aux_at, false);
+  else
+    a_.load(rcx, temporary);
+}
+
+}  // namespace anykvm::engine::translate

@@ -1,0 +1,102 @@
+// One block in the making: what is known of its instructions, and how they are emitted.
+#pragma once
+
+#include "engine/translate/analysis.h"
+#include "engine/translate/block.h"
+
+namespace anykvm::engine::translate {
+
+inline constexpr unsigned most_instructions = 48;
+
+struct Guest {
+  Decoded d;
+  Analysis what;
+  u16 offset, next;       ///< in the page
+  bool flags_live;        ///< some flag must survive what is added before this instruction
+  bool taken_flags_live;  ///< ... and what is added where a branch is taken
+};
+
+/// Emits one block. The cold parts, which leave or refill the TLB, follow the hot ones.
+class Translation {
+ public:
+  Translation(const BlockRequest& request, u8* at, u8* end) : request_(request), a_(at, end) {}
+  BlockCode run();
+
+ private:
+  /// How a guest address is computed: again in the cold part.
+  struct Address {
+    int base = -1, index = -1;  ///< guest registers
+    unsigned shift = 0;
+    s32 displacement = 0;
+    bool rip_relative = false;
+    int segment = -1;       ///< FS or GS
+    bool computed = false;  ///< it is in Context::target
+  };
+  struct Cold {
+    enum class Kind : u8 { refill, step, link, back_edge } kind;
+    bool restores_rcx;
+    u8* site;  ///< the jump that comes here
+    const u8* retry;
+    Address address;
+    u32 fill;
+    unsigned guest;  ///< instruction
+    s32 target;      ///< link, back_edge: offset of the target in the page
+    bool flags_live;
+  };
+
+  void collect();
+  void emit(unsigned n);
+  void emit_native(const Guest& g, unsigned n);
+  void emit_lea(const Guest& g);
+  void emit_jump_if(const Guest& g, unsigned n);
+  // system_code.cpp
+  void emit_push_memory(const Guest& g, unsigned n);
+  void emit_push_flags(const Guest& g, unsigned n);
+  void emit_move_from_segment(const Guest& g);
+  void emit_bit_string(const Guest& g, unsigned n);
+  void emit_clear_flag(const Guest& g);
+  void emit_set_interrupt(unsigned n);
+  void emit_swap_gs();
+  void emit_read_time(const Guest& g, unsigned n);
+  /// Jumps to the step of instruction n, RCX restored from Context::temporary.
+  void step_restoring_rcx(unsigned n);
+  void emit_cold(const Cold& cold);
+
+  Address address_of(const Guest& g, const ZydisDecodedOperand& operand) const;
+  void compute(const Address& address);
+  /// Leaves the host address of [address, size) in the address scratch register.
+  void check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live, unsigned alignment = 0);
+  void step(const Guest& g, bool leave);
+  void link(s32 target, bool flags_live, unsigned n);
+  void to_page_offset(Register to, s32 offset) {
+    a_.load(to, offsetof(Context, page_base));
+    a_.lea(to, to, -1, 0, offset);
+  }
+  /// Continues at the guest address in the address scratch register, wherever that is.
+  void indirect();
+  void push_return_address(const Guest& g, unsigned n);
+  u32 tlb(unsigned field) const {
+    return offsetof(Context, tlb) + unsigned(request_.mode.privilege) * sizeof(TlbEntry) * tlb_entries + field;
+  }
+  void add_cold(const Cold& cold) {
+    if (cold_count_ < std::size(cold_))
+      cold_[cold_count_++] = cold;
+    else
+      out_of_room_ = true;
+  }
+  const u8* leave() const { return request_.stubs->leave[request_.mode.vectors]; }
+
+  const BlockRequest& request_;
+  Assembler a_;
+  Guest guests_[most_instructions];
+  unsigned count_ = 0;
+  const u8* after_[most_instructions] = {};  ///< where the code of the next instruction begins
+  Cold cold_[most_instructions * 4];
+  unsigned cold_count_ = 0;
+  bool out_of_room_ = false;
+  bool falls_through_ = false;
+  s32 falls_to_ = 0;  ///< offset in the page
+  bool exit_flags_live_ = true;
+};
+
+}  // namespace anykvm::engine::translate
