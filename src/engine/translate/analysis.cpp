@@ -59,7 +59,6 @@ bool may_continue(const Decoded& d) {
 
 /// Operands that the renaming can express: general and vector registers, at most one ordinary memory operand.
 bool operands_fit(const Decoded& d, bool& vector) {
-  vector = d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX;
   unsigned memory = 0, spilled = 0;
   u32 seen = 0;
   bool high_byte = false;
@@ -76,8 +75,9 @@ bool operands_fit(const Decoded& d, bool& vector) {
         switch (ZydisRegisterGetClass(operand.reg.value)) {
           case ZYDIS_REGCLASS_XMM:
           case ZYDIS_REGCLASS_YMM:
-          case ZYDIS_REGCLASS_ZMM:
-          case ZYDIS_REGCLASS_MASK: vector = true; break;
+            if (ZydisRegisterGetId(operand.reg.value) > 15) return false;
+            vector = true;
+            break;
           case ZYDIS_REGCLASS_FLAGS: break;
           default: return false;
         }
@@ -86,7 +86,7 @@ bool operands_fit(const Decoded& d, bool& vector) {
       case ZYDIS_OPERAND_TYPE_MEMORY:
         if (operand.mem.type != ZYDIS_MEMOP_TYPE_MEM || operand.encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM)
           return false;
-        if (operand.size > 512 || operand.size == 0) return false;
+        if (operand.size > 256 || operand.size == 0) return false;
         ++memory;
         break;
       case ZYDIS_OPERAND_TYPE_IMMEDIATE: break;
@@ -163,8 +163,8 @@ Kind kind_of(const Decoded& d, bool supervisor, bool& vector) {
       return i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ? Kind::nothing : Kind::step_and_end;
     default: break;
   }
-  const bool encodable = i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ||
-                         i.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX || i.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX;
+  const bool encodable =
+      i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY || i.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX;
   const bool fpu = i.meta.isa_ext == ZYDIS_ISA_EXT_X87 || i.meta.isa_ext == ZYDIS_ISA_EXT_MMX;
   if (encodable && !fpu && runs_natively(d) && !has_own_handler(d.mnemonic()) && operands_fit(d, vector)) {
     if (d.mnemonic() == ZYDIS_MNEMONIC_VZEROUPPER || d.mnemonic() == ZYDIS_MNEMONIC_VZEROALL) vector = true;
@@ -179,7 +179,6 @@ Kind kind_of(const Decoded& d, bool supervisor, bool& vector) {
 Analysis analyse(const Decoded& d, bool supervisor) {
   Analysis result;
   result.kind = kind_of(d, supervisor, result.vector);
-  result.wide = result.vector && unit_of(d) == Unit::avx512;
   switch (result.kind) {
     case Kind::step:
     case Kind::want_vectors:

@@ -40,7 +40,6 @@ struct Analysis {
   u32 flags_read = all_flags;
   u32 flags_killed = 0;  ///< written whatever the operands
   bool vector = false;   ///< needs the guest's vector registers
-  bool wide = false;     ///< ... and is AVX-512's
 };
 
 /// supervisor: of code at CPL 0, else at CPL 3.

@@ -60,8 +60,7 @@ void Translation::collect() {
       break;
     }
     g.what = analyse(g.d, supervisor);
-    if ((g.what.vector && !request_.vectors_allowed) || (g.what.wide && !request_.wide_allowed))
-      g.what = {.kind = Kind::step_and_end};
+    if (g.what.vector && !request_.vectors_allowed) g.what = {.kind = Kind::step_and_end};
     if (g.what.vector && !request_.mode.vectors) g.what = {.kind = Kind::want_vectors};
     offset += g.d.instruction.length;
     g.next = u16(offset);

@@ -12,7 +12,6 @@ struct BlockRequest {
   unsigned offset;  ///< of the first instruction
   Mode mode;
   bool vectors_allowed;  ///< CR0, CR4 and XCR0 let vector instructions run; else the reference engine decides
-  bool wide_allowed;     ///< the same for AVX-512
   const Stubs* stubs;
   CodeCache* cache;  ///< where direct jumps in the page may find their target
 };

@@ -95,19 +95,6 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
       a.bytes(0xc4, first, second);
       break;
     }
-    case ZYDIS_INSTRUCTION_ENCODING_EVEX: {
-      unsigned first = bytes[at + 1], second = bytes[at + 2], third = bytes[at + 3];
-      if (reg >= 0) first = with_bit(with_bit(first, 7, ~unsigned(reg) >> 3), 4, 1);
-      if (memory) first = with_bit(with_bit(first, 6, 1), 5, ~unsigned(renaming.memory_register) >> 3);
-      if (rm >= 0) first = with_bit(with_bit(first, 6, 1), 5, ~unsigned(rm) >> 3);
-      if (vvvv >= 0) {
-        second = (second & ~0x78u) | (~unsigned(vvvv) & 15) << 3;
-        third = with_bit(third, 3, 1);
-      }
-      a.bytes(0x62, first, second, third);
-      at += 4;
-      break;
-    }
     default: return false;
   }
   if (!has_modrm) {

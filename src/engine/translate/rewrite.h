@@ -10,11 +10,11 @@
 namespace anykvm::engine::translate {
 
 struct Renaming {
-  Register registers[16];    ///< host register for each general register that ModRM, the opcode or (E)VEX.vvvv names
+  Register registers[16];    ///< host register for each general register that ModRM, the opcode or VEX.vvvv names
   int memory_register = -1;  ///< the memory operand becomes [register]
 };
 
-/// false: the instruction cannot be encoded so (AH-DH together with a register that needs REX).
+/// false: the instruction cannot be encoded so (EVEX, AH-DH together with a register that needs REX).
 bool rewrite(Assembler& a, const ZydisDecodedInstruction& instruction, std::span<const ZydisDecodedOperand> operands,
              const u8* bytes, const Renaming& renaming);
 

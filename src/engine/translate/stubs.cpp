@@ -10,35 +10,20 @@ constexpr Register rax = 0, rcx = 1, rdx = 2, rbx = 3, rbp = 5, rsi = 6, rdi = 7
 constexpr u32 gpr_at = offsetof(x86::CpuState, gpr), rip_at = offsetof(x86::CpuState, rip);
 constexpr u32 flags_at = offsetof(x86::CpuState, arithmetic);
 constexpr u32 vector_at = offsetof(x86::CpuState, fpu) + offsetof(x86::FpuState, vector);
-constexpr u32 opmask_at = offsetof(x86::CpuState, fpu) + offsetof(x86::FpuState, opmask);
 constexpr u32 mxcsr_at = offsetof(x86::CpuState, fpu) + offsetof(x86::FpuState, mxcsr);
 
 constexpr u32 at_state = offsetof(Context, state);
 
-/// How much there is of the vector registers.
-enum class Width : u8 {
-  ymm,  ///< ymm0-15
-  zmm,  ///< zmm0-15: with upper halves that VEX-encoded instructions clear
-  all,  ///< zmm0-31 and the mask registers, as translated AVX-512 code uses them
-};
-
-/// Loads them from the state, or stores them.
-void move_vectors(Assembler& a, bool store, Register base, Width width) {
-  const unsigned not_b = (~base >> 3 & 1) << 5;
-  for (unsigned n = 0; n < (width == Width::all ? 32 : 16); ++n) {
-    const unsigned not_r = (~n >> 3 & 1) << 7, not_r16 = (~n >> 4 & 1) << 4;
-    if (width == Width::ymm)
-      a.bytes(0xc4, not_r | 0x40 | not_b | 0x01, 0x7c, 0x10 | store);
+/// Moves xmm/ymm/zmm 0-15: opcode 0x10 loads, 0x11 stores.
+void move_vectors(Assembler& a, unsigned opcode, Register base, bool whole) {
+  for (unsigned n = 0; n < 16; ++n) {
+    const unsigned not_r = (~n >> 3 & 1) << 7, not_b = (~base >> 3 & 1) << 5;
+    if (whole)
+      a.bytes(0x62, not_r | 0x40 | not_b | 0x10 | 0x01, 0x7c, 0x48, opcode);
     else
-      a.bytes(0x62, not_r | 0x40 | not_b | not_r16 | 0x01, 0x7c, 0x48, 0x10 | store);
+      a.bytes(0xc4, not_r | 0x40 | not_b | 0x01, 0x7c, opcode);
     a.byte(0x80 | (n & 7) << 3 | (base & 7));
     a.dword(vector_at + n * 64);
-  }
-  if (width != Width::all) return;
-  for (unsigned n = 0; n < 8; ++n) {
-    a.bytes(0xc4, 0xc0 | not_b | 0x01, 0xf8, 0x90 | store);  // kmovq
-    a.byte(0x80 | n << 3 | (base & 7));
-    a.dword(opmask_at + n * 8);
   }
 }
 
@@ -54,7 +39,7 @@ void mxcsr_context(Assembler& a, unsigned extension, u32 offset) {
 }
 
 /// Guest registers and flags to the state. Only the address scratch is used; RIP is the caller's.
-void save_guest(Assembler& a, bool vectors, Width width) {
+void save_guest(Assembler& a, bool vectors, bool whole) {
   // Flags first: nothing before touches them.
   a.load(index_scratch, at_state);
   for (unsigned guest = 0; guest < 16; ++guest)
@@ -67,17 +52,17 @@ void save_guest(Assembler& a, bool vectors, Width width) {
     a.store_to(index_scratch, s32(gpr_at + guest * 8), rax);
   }
   if (vectors) {
-    move_vectors(a, true, index_scratch, width);
+    move_vectors(a, 0x11, index_scratch, whole);
     mxcsr_op(a, 3, index_scratch, mxcsr_at);
     mxcsr_context(a, 2, offsetof(Context, host_mxcsr));
   }
   a.byte(0xfc);  // cld
 }
 
-void load_guest(Assembler& a, bool vectors, Width width) {
+void load_guest(Assembler& a, bool vectors, bool whole) {
   a.load(index_scratch, at_state);
   if (vectors) {
-    move_vectors(a, false, index_scratch, width);
+    move_vectors(a, 0x10, index_scratch, whole);
     mxcsr_op(a, 2, index_scratch, mxcsr_at);
   }
   for (unsigned guest = 13; guest < 16; ++guest) {
@@ -110,25 +95,23 @@ void return_to_host(Assembler& a, bool vectors) {
 
 }  // namespace
 
-Stubs emit_stubs(Assembler& a, bool whole, bool wide) {
+Stubs emit_stubs(Assembler& a, bool whole) {
   Stubs stubs{};
-  stubs.wide = wide;
-  const Width width = wide ? Width::all : whole ? Width::zmm : Width::ymm;
   for (unsigned vectors = 0; vectors < 2; ++vectors) {
     stubs.enter[vectors] = reinterpret_cast<void (*)(Context*)>(a.here());
     for (Register reg : callee_saved) a.push(reg);
     a.store(offsetof(Context, host_stack), host_rsp);
     if (vectors) mxcsr_context(a, 3, offsetof(Context, host_mxcsr));
-    load_guest(a, vectors, width);
+    load_guest(a, vectors, whole);
     jump_to_block(a);
 
     stubs.leave[vectors] = a.here();
-    save_guest(a, vectors, width);
+    save_guest(a, vectors, whole);
     a.store_to(index_scratch, s32(rip_at), address_scratch);
     return_to_host(a, vectors);
 
     stubs.step[vectors] = a.here();
-    save_guest(a, vectors, width);
+    save_guest(a, vectors, whole);
     if (vectors) a.bytes(0xc5, 0xf8, 0x77);
     a.load(rdi, offsetof(Context, self));
     a.move(rsi, address_scratch);
@@ -144,12 +127,12 @@ Stubs emit_stubs(Assembler& a, bool whole, bool wide) {
     u8* const enter_with_vectors = is(Next::enter_with_vectors);
     return_to_host(a, false);
     a.aim(same);
-    load_guest(a, vectors, width);
+    load_guest(a, vectors, whole);
     a.ret();
     for (unsigned next_vectors = 0; next_vectors < 2; ++next_vectors) {
       a.aim(next_vectors ? enter_with_vectors : enter);
       a.pop(rax);  // the way back into the block
-      load_guest(a, next_vectors, width);
+      load_guest(a, next_vectors, whole);
       jump_to_block(a);
     }
   }

@@ -6,7 +6,6 @@
 namespace anykvm::engine::translate {
 
 struct Stubs {
-  bool wide;  ///< translated code may be AVX-512
   /// Loads the guest's registers and jumps to Context::enter_at.
   void (*enter[2])(Context*);
   /// Jump here with the guest's RIP in the address scratch register: stores the guest's registers and returns from
@@ -61,7 +60,7 @@ Next step_function(Context* context, u64 request);
 bool find_function(Context* context, u64 rip);
 bool fill_function(Context* context, Gva address, u32 request);
 
-/// Emits them at `a`. whole: zmm registers are kept, not only ymm; wide: so are zmm16-31 and the mask registers.
-Stubs emit_stubs(Assembler& a, bool whole, bool wide);
+/// Emits them at `a`. whole_vectors: zmm registers are kept, not only ymm.
+Stubs emit_stubs(Assembler& a, bool whole_vectors);
 
 }  // namespace anykvm::engine::translate

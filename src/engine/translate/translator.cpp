@@ -72,8 +72,7 @@ Translator::Translator() : reference_(make_interpreter()) {
       table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
   for (auto& jumps : context_->jumps) jumps.minus_rip[0] = 1;
   Assembler a(cache_.free_code(), cache_.code_end());
-  stubs_ = emit_stubs(a, x86::supports(x86::Feature::avx512f),
-                      x86::supports(x86::Feature::avx512f) && x86::supports(x86::Feature::avx512bw));
+  stubs_ = emit_stubs(a, x86::supports(x86::Feature::avx512f));
   cache_.keep_code(a.here());
 }
 
@@ -84,12 +83,6 @@ bool Translator::vectors_allowed() const {
   constexpr u64 needed = x86::xfeature::sse | x86::xfeature::avx;
   return !(s.cr0 & (x86::cr0::em | x86::cr0::ts)) && s.cr4 & x86::cr4::osfxsr && s.cr4 & x86::cr4::osxsave &&
          (s.xcr0 & needed) == needed;
-}
-
-bool Translator::wide_allowed() const {
-  namespace xf = x86::xfeature;
-  constexpr u64 needed = xf::opmask | xf::zmm_hi256 | xf::hi16_zmm;
-  return stubs_.wide && (cpu_->state.xcr0 & needed) == needed;
 }
 
 bool Translator::translatable() const {
@@ -177,7 +170,6 @@ Block* Translator::make_block(CodePage& page, u64 address, Mode mode) {
                              .offset = unsigned(address & ~page_mask),
                              .mode = mode,
                              .vectors_allowed = vectors_allowed(),
-                             .wide_allowed = made_for_wide_,
                              .stubs = &stubs_,
                              .cache = &cache_};
   u8* const code = cache_.free_code();
@@ -248,7 +240,7 @@ Next Translator::step_in_block(u64 request) {
 Next Translator::go_on() {
   x86::Cpu& cpu = *cpu_;
   if (cpu.exit.kind != ExitKind::none || cpu.attention.load(std::memory_order_relaxed) || !translatable() ||
-      !shared_.is_quiet() || wide_allowed() != made_for_wide_)
+      !shared_.is_quiet())
     return Next::leave;
   follow_flushes();
   const Mode mode = next_mode(false);
@@ -343,11 +335,6 @@ void Translator::run_blocks(x86::Cpu& cpu) {
       flush_jumps();
     }
     follow_flushes();
-    if (wide_allowed() != made_for_wide_) {
-      made_for_wide_ = !made_for_wide_;
-      cache_.clear();
-      flush_jumps();
-    }
     const unsigned mode_before = mode_.number();
     const bool wants_vectors = std::exchange(context_->wants_vectors, 0);
     mode_ = next_mode(wants_vectors);

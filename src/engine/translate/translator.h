@@ -37,7 +37,6 @@ class Translator final : public Engine {
   Next go_on();
   bool translatable() const;
   bool vectors_allowed() const;
-  bool wide_allowed() const;
   Mode next_mode(bool wants_vectors);
   void follow_flushes();
   void flush_tlb();
@@ -66,7 +65,6 @@ class Translator final : public Engine {
   SharedCode shared_;
   bool user_vectors_ = false;                     ///< user code had the vector registers when it was left
   bool serialized_ = false;                       ///< the guest has executed an instruction that serializes, perhaps
-  bool made_for_wide_ = false;                    ///< what wide_allowed() was when the code in the cache was made
   bool code_dropped_ = false;                     ///< the block that runs may be gone
   u64 steps_[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {};  ///< of the reference engine, by mnemonic
   // What is in use, so that a flush touches only that.
