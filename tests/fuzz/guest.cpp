@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "fuzz/guest_layout.h"
+#include "fuzz/host_fpu.h"
 #include "fuzz/input.h"
 #include "fuzz/stop_timer.h"
 #include "vcpu/vcpu.h"
@@ -278,10 +279,12 @@ class GuestFuzzer {
     host_.run->immediate_exit = 0;
     host_.run->exit_reason = ~0u;
     int result;
+    const HostFpu fpu = HostFpu::now();
     {
       StopTimer timer(host_.run, run_microseconds);
       result = vcpu_->run();
     }
+    if (HostFpu::now() != fpu) violated("floating-point environment after KVM_RUN, MXCSR", HostFpu::now().mxcsr);
     host_.run->immediate_exit = 0;
     if (result == -EINTR) return false;
     if (result == -EAGAIN || result == -EFAULT || result == -EINVAL) return false;

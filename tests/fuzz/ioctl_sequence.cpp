@@ -24,6 +24,7 @@
 #include "abi/limits.h"
 #include "anykvm/kvm.h"
 #include "fuzz/guest_layout.h"
+#include "fuzz/host_fpu.h"
 #include "fuzz/input.h"
 #include "fuzz/stop_timer.h"
 #include "x86/cpuid.h"
@@ -76,10 +77,12 @@ u64 tail_of(u32 number) {
 /// KVM_RUN, ended after a while. Another thread may close the descriptor before it begins.
 void run_vcpu(int fd, kvm_run* run, bool may_be_closed) {
   long result;
+  const HostFpu fpu = HostFpu::now();
   {
     const StopTimer timer(run, run_microseconds);
     result = abi::ioctl(fd, KVM_RUN, 0);
   }
+  if (HostFpu::now() != fpu) violated("floating-point environment after KVM_RUN, MXCSR", HostFpu::now().mxcsr);
   if (!run) return;
   const_cast<volatile u8&>(run->immediate_exit) = 0;
   switch (-result) {
