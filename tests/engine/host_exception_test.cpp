@@ -1,5 +1,6 @@
 // What the host raises in an instruction of the guest's, and what single instructions leave behind.
 #include "engine/one_instruction.h"
+#include "fuzz/host_fpu.h"
 
 namespace anykvm::engine {
 namespace {
@@ -54,6 +55,17 @@ TEST_F(HostExceptionTest, ConversionToMmxEntersMmxMode) {
   EXPECT_EQ(cpu.state.fpu.mxcsr & 0x3f, 1u);
   EXPECT_EQ(cpu.state.fpu.x87[4], 0xff);         // all registers in use
   EXPECT_EQ(cpu.state.fpu.x87[3] >> 3 & 7, 0u);  // top
+}
+
+TEST_F(HostExceptionTest, TheHostsX87UnitIsEmptyAgain) {
+  const fuzz::HostFpu before = fuzz::HostFpu::now();
+  EXPECT_EQ(execute({0xd9, 0xe8}), no_fault);  // fld1
+  EXPECT_EQ(fuzz::HostFpu::now(), before);
+  EXPECT_EQ(execute({0x0f, 0xfc, 0xc1}), no_fault);  // paddb mm0, mm1
+  EXPECT_EQ(fuzz::HostFpu::now(), before);
+  cpu.state.gpr[rdi] = data;
+  EXPECT_EQ(execute({0x0f, 0xf7, 0xc1}), no_fault);  // maskmovq mm0, mm1
+  EXPECT_EQ(fuzz::HostFpu::now(), before);
 }
 
 TEST_F(HostExceptionTest, TheHostRoundsAsBefore) {

@@ -43,6 +43,10 @@ x86::Result without_devices(Context&, const Instruction&);
 u8 required_alignment(const Decoded&, Unit unit, unsigned memory_bytes);
 Unit unit_of(const Decoded&);
 
+/// Behind native code: the host's x87 unit holds guest values until the engine returns.
+inline void note_x87(Context& c, const Instruction& i) {
+  if (i.unit == Unit::x87 || i.unit == Unit::mmx) c.x87_touched = true;
+}
 /// Raises in the guest what the host raised in its instruction.
 x86::Result host_exception(Context&, const Instruction&);
 /// Lets the host execute the instruction on its memory operand at `memory`. fault: the host raised an exception.

@@ -164,6 +164,7 @@ bool is_masked(const Decoded& d) {
 
 Result masked_memory(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
+  note_x87(c, i);
   const Access access = i.use == Cpu::Use::read ? Access::read : Access::write;
   Gva gva;
   // In 64-bit mode the pages say what is not there; a segment's limit is checked for the whole operand.

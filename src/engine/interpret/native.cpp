@@ -26,11 +26,6 @@ void set_x87_pointers(Context& c, const Instruction& i, Gva operand) {
   if (i.has_memory) std::memcpy(image + 16, &operand, 8);
 }
 
-/// The host's x87 unit holds guest values until the engine returns.
-void note_x87(Context& c, const Instruction& i) {
-  if (i.unit == Unit::x87 || i.unit == Unit::mmx) c.x87_touched = true;
-}
-
 }  // namespace
 
 Result host_exception(Context& c, const Instruction& i) {
