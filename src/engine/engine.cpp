@@ -12,16 +12,25 @@ std::atomic<int> chosen{unset};
 }  // namespace
 
 bool parse_kind(std::string_view name, Kind& kind) {
-  if (name == "interpret" || name == "auto" || name.empty()) {
+  if (name == "auto" || name.empty()) {
     kind = Kind::interpret;
     return true;
   }
-  if (name != "translate") return false;
-  kind = Kind::translate;
-  return true;
+  for (const Kind each : {Kind::interpret, Kind::translate, Kind::lockstep}) {
+    if (name != name_of(each)) continue;
+    kind = each;
+    return true;
+  }
+  return false;
 }
 
-const char* name_of(Kind kind) { return kind == Kind::translate ? "translate" : "interpret"; }
+const char* name_of(Kind kind) {
+  switch (kind) {
+    case Kind::translate: return "translate";
+    case Kind::lockstep: return "lockstep";
+    default: return "interpret";
+  }
+}
 
 bool default_kind(Kind& kind, const char** invalid) {
   if (const int set = chosen.load(std::memory_order_relaxed); set != unset) {
@@ -36,6 +45,12 @@ bool default_kind(Kind& kind, const char** invalid) {
 
 void set_default_kind(Kind kind) { chosen.store(int(kind), std::memory_order_relaxed); }
 
-std::unique_ptr<Engine> make(Kind kind) { return kind == Kind::translate ? make_translator() : make_interpreter(); }
+std::unique_ptr<Engine> make(Kind kind) {
+  switch (kind) {
+    case Kind::translate: return make_translator();
+    case Kind::lockstep: return make_lockstep();
+    default: return make_interpreter();
+  }
+}
 
 }  // namespace anykvm::engine

@@ -36,9 +36,10 @@ class Engine {
 
 std::unique_ptr<Engine> make_interpreter();
 std::unique_ptr<Engine> make_translator();
+std::unique_ptr<Engine> make_lockstep();
 
-enum class Kind : u8 { interpret, translate };
-/// "interpret", "translate", or "auto" for what this version thinks best. false: no such engine.
+enum class Kind : u8 { interpret, translate, lockstep };
+/// A kind's name, or "auto" for what this version thinks best. false: no such engine.
 bool parse_kind(std::string_view name, Kind& kind);
 const char* name_of(Kind kind);
 

@@ -10,12 +10,12 @@ namespace anykvm::tools {
 
 struct EngineChoice {
   bool host = false;     ///< the host's /dev/kvm rather than this library's CPU engine
-  std::string name;      ///< "host", "interpret" or "translate"
+  std::string name;      ///< "host", "interpret", "translate" or "lockstep"
   std::string reason;    ///< one clause
   std::string host_kvm;  ///< what the probe of /dev/kvm found; empty when it was not asked
 };
 
-/// `wish` is auto, interpret, translate or host. Only auto asks the host.
+/// `wish` is auto, interpret, translate, lockstep or host. Only auto asks the host.
 EngineChoice choose_engine(const std::string& wish);
 std::shared_ptr<KvmDevice> open_engine(const EngineChoice& choice);
 

@@ -53,10 +53,11 @@ void describe_boot(CLI::App& boot, BootArguments& arguments) {
       ->type_name("user|none")
       ->check(CLI::IsMember({"user", "none"}))
       ->capture_default_str();
-  boot.add_option("--engine", arguments.engine,
-                  "What runs guest code: auto, interpret, translate, or host (the host's /dev/kvm)")
+  boot.add_option(
+          "--engine", arguments.engine,
+          "What runs guest code: auto, interpret, translate, lockstep (both, compared), or host (the host's /dev/kvm)")
       ->type_name("NAME")
-      ->check(CLI::IsMember({"auto", "interpret", "translate", "host"}))
+      ->check(CLI::IsMember({"auto", "interpret", "translate", "lockstep", "host"}))
       ->capture_default_str();
   boot.add_option("--timeout", arguments.timeout, "End the guest after this many seconds, with exit code 124")
       ->type_name("S");

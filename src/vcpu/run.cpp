@@ -217,6 +217,7 @@ int Vcpu::handle_exit() {
     case ExitKind::msr_read:
     case ExitKind::msr_write: return exit_msr();
     case ExitKind::debug: return exit_debug();
+    case ExitKind::engine_error:
     case ExitKind::internal_error: return exit_internal_error();
   }
   return exit_internal_error();

@@ -11,6 +11,11 @@ namespace {
 
 bool power_of_two(unsigned n) { return !(n & (n - 1)); }
 
+void announce_store(Cpu& cpu, Gva gva, const Operand::Part (&parts)[2]) {
+  cpu.rehearsal.store(cpu.rehearsal.engine, parts[0].host, parts[0].size, gva);
+  if (parts[1].size) cpu.rehearsal.store(cpu.rehearsal.engine, parts[1].host, parts[1].size, gva + parts[0].size);
+}
+
 /// The host or physical addresses of [gva, gva + size), size <= 4096: one part a page.
 Result translate_parts(Cpu& cpu, Gva gva, unsigned size, Access access, Privilege privilege,
                        Operand::Part (&parts)[2]) {
@@ -19,9 +24,12 @@ Result translate_parts(Cpu& cpu, Gva gva, unsigned size, Access access, Privileg
   ANYKVM_TRY(cpu.mmu.translate(cpu, gva, access, privilege, translation));
   parts[0] = {translation.host, translation.gpa, size < first ? size : first};
   parts[1] = {nullptr, 0, 0};
-  if (size <= first) return Result::ok;
-  ANYKVM_TRY(cpu.mmu.translate(cpu, gva + first, access, privilege, translation));
-  parts[1] = {translation.host, translation.gpa, size - first};
+  if (size > first) {
+    ANYKVM_TRY(cpu.mmu.translate(cpu, gva + first, access, privilege, translation));
+    parts[1] = {translation.host, translation.gpa, size - first};
+  }
+  if (cpu.rehearsal && access == Access::write) [[unlikely]]
+    announce_store(cpu, gva, parts);
   return Result::ok;
 }
 

@@ -124,6 +124,18 @@ struct CodeWatch {
   void* engine = nullptr;
 };
 
+/// An engine that executes instructions only to take them back (engine/lockstep) is told of every store to RAM before
+/// it is made; the TLB lets none through unseen, and an access that leaves RAM ends in ExitKind::attention before
+/// anything has happened.
+struct Rehearsal {
+  void (*store)(void* engine, u8* host, unsigned size, Gva gva) = nullptr;
+  void* engine = nullptr;
+  /// An accessed or dirty bit is set in the page table entry at `host`.
+  void (*marked)(void* engine, const u8* host) = nullptr;
+
+  explicit operator bool() const { return store; }
+};
+
 class Cpu {
  public:
   explicit Cpu(Machine& machine);
@@ -146,6 +158,7 @@ class Cpu {
   Mmu mmu;
   Machine& machine;
   CodeWatch code_watch;
+  Rehearsal rehearsal;  ///< flush the TLB before one begins
   Fault fault;
   Exit exit;
   MmioPort mmio;

@@ -84,7 +84,16 @@ Result Mmu::translate(Cpu& cpu, Gva gva, Access access, Privilege privilege, Tra
 
   out = {walk.page | (gva & ~page_mask), nullptr};
   const HostPage page = cpu.machine.page(walk.page, access == Access::write);
-  if (!page.host || (access == Access::write && !page.writable)) return Result::ok;
+  const bool is_ram = page.host && (access != Access::write || page.writable);
+  if (cpu.rehearsal) [[unlikely]] {
+    if (!is_ram) {
+      cpu.exit.kind = ExitKind::attention;
+      return Result::exit;
+    }
+    out.host = page.host + (gva & ~page_mask);
+    if (access == Access::write) return Result::ok;
+  }
+  if (!is_ram) return Result::ok;
   out.host = page.host + (gva & ~page_mask);
   if (access == Access::write && cpu.code_watch.written) cpu.code_watch.written(cpu.code_watch.engine, page.host);
   if (cpu.debug_watch & watch_data && access != Access::fetch && page_is_watched(cpu, gva)) [[unlikely]]

@@ -63,6 +63,7 @@ u64 reserved_bits(const Cpu& cpu, const Format& format, unsigned level, bool lea
 bool update_entry(Cpu& cpu, const Visited& visited, unsigned bytes, u64 set) {
   const HostPage page = cpu.machine.page(visited.gpa & page_mask, true);
   if (!page.host || !page.writable) return true;
+  if (cpu.rehearsal) cpu.rehearsal.marked(cpu.rehearsal.engine, page.host + (visited.gpa & ~page_mask));
   return exchange_entry(page.host + (visited.gpa & ~page_mask), bytes, visited.value, visited.value | set);
 }
 

@@ -41,6 +41,7 @@ enum class ExitKind : u8 {
   shutdown,  ///< triple fault
   debug,
   internal_error,  ///< something the engine cannot execute: Exit::reason says what
+  engine_error,    ///< the engine has found itself wrong, and goes no further: Exit::reason says how
   memory_error,    ///< the host refused an access to a memory slot: KVM_RUN fails with EFAULT
 };
 

@@ -135,6 +135,7 @@ DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Ins
   if (d.instruction.attributes & ZYDIS_ATTRIB_HAS_REPNE) out.repeat = Repeat::while_not_equal;
   fill_operands(d, out);
   out.unit = unit_of(d);
+  out.repeatable = is_repeatable(d);
 
   for (const auto select : {select_move, select_stack, select_branch, select_string, select_io, select_decimal,
                             select_system, select_state, select_gather}) {

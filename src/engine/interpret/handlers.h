@@ -30,6 +30,9 @@ x86::Result no_operation(Context&, const Instruction&);
 /// #UD or #NM where CR0, CR4 and XCR0 do not allow the instruction's unit, #MF where one is pending.
 x86::Result check_unit(Context&, const Instruction&);
 
+/// Whether it may be executed a second time as if the first had not been, once registers and RAM are put back.
+bool is_repeatable(const Decoded&);
+
 /// Whether the host CPU has the instruction. What the guest's CPUID leaves out but the host has runs, as under hardware
 /// virtualisation.
 bool host_has(const Decoded&);

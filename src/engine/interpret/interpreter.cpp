@@ -14,6 +14,7 @@
 #include "engine/engine.h"
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
+#include "engine/interpret/reference.h"
 #include "os/fault_guard.h"
 #include "x86/debug.h"
 
@@ -48,7 +49,9 @@ class HostControlWords {
   u16 control_;
 };
 
-class Interpreter final : public Engine {
+enum class Way { run, step, rehearse };
+
+class Interpreter final : public Reference {
  public:
   Interpreter()
       : slots_(static_cast<Instruction*>(map(cache_entries * sizeof(Instruction), PROT_READ | PROT_WRITE))),
@@ -60,13 +63,16 @@ class Interpreter final : public Engine {
   Interpreter(const Interpreter&) = delete;
   Interpreter& operator=(const Interpreter&) = delete;
 
-  void run(Cpu& cpu) override { execute<false>(cpu); }
-  void step(Cpu& cpu) override { execute<true>(cpu); }
+  void run(Cpu& cpu) override { (void)execute<Way::run>(cpu); }
+  void step(Cpu& cpu) override { (void)execute<Way::step>(cpu); }
+  Rehearsed rehearse(Cpu& cpu, std::span<Boundary> boundaries, u32 enough) override {
+    return execute<Way::rehearse>(cpu, boundaries, enough);
+  }
   const char* name() const override { return "interpret"; }
 
  private:
-  template <bool single>
-  void execute(Cpu& cpu);
+  template <Way way>
+  Rehearsed execute(Cpu& cpu, std::span<Boundary> boundaries = {}, u32 enough = 0);
   /// The instruction at RIP, or nullptr with a fault raised or an exit set.
   const Instruction* fetch(Cpu& cpu, Result& why_not);
   const Instruction* fetch_slowly(Cpu& cpu, Result& why_not);
@@ -219,8 +225,8 @@ bool Interpreter::recover(void* recovery, void* ucontext) {
   return true;
 }
 
-template <bool single>
-void Interpreter::execute(Cpu& cpu) {
+template <Way way>
+Reference::Rehearsed Interpreter::execute(Cpu& cpu, std::span<Boundary> boundaries, u32 enough) {
   // FXRSTOR takes MXCSR from the image, too: keep a harmless one there.
   static constexpr u32 masked_mxcsr = 0x1f80;
   std::memcpy(cpu.state.fpu.x87 + 24, &masked_mxcsr, sizeof masked_mxcsr);
@@ -228,16 +234,18 @@ void Interpreter::execute(Cpu& cpu) {
   Context context{.cpu = cpu, .probe_pages = probe_pages_, .next_rip = 0};
   Recovery recovery{*this, context};
   const os::FaultRecovery recovers(&recover, &recovery);
+  Rehearsed rehearsed{.count = 0, .clean = true};
   cpu.exit = {};
   cpu.mmio.begin_instruction();
   if (cpu.debug_exit_pending) [[unlikely]] {  // behind an instruction whose port or device the client has served
+    if constexpr (way == Way::rehearse) return rehearsed;
     cpu.debug_exit_pending = false;
     (void)cpu.debug_exit(x86::exception::db, cpu.debug_exit_dr6);
-    return;
+    return rehearsed;
   }
 
   for (;;) {
-    if constexpr (!single) {
+    if constexpr (way == Way::run) {
       if (cpu.attention.load(std::memory_order_relaxed) ||
           (cpu.instructions % poll_interval == 0 && __atomic_load_n(cpu.immediate_exit, __ATOMIC_RELAXED)))
           [[unlikely]] {
@@ -249,13 +257,29 @@ void Interpreter::execute(Cpu& cpu) {
     const u8 shadow = cpu.state.event.shadow;
     const u64 flags = cpu.state.other_flags & (x86::flag::tf | x86::flag::rf);
     const bool closely = flags | shadow | cpu.debug_watch;
+    if constexpr (way == Way::rehearse) {
+      if (rehearsed.count == boundaries.size() || flags | cpu.debug_watch) break;
+    }
     const Instruction* instruction = nullptr;
     if (!closely || begin_closely(context, result)) [[likely]]
       instruction = fetch(cpu, result);
+    if constexpr (way == Way::rehearse) {
+      if (!instruction || !instruction->repeatable) break;
+      if (instruction->repeat != Repeat::none && cpu.state.gpr[x86::rcx] > Reference::most_elements) break;
+    }
+    const u64 rip = cpu.state.rip;
     if (instruction) [[likely]] {
-      context.next_rip = cpu.state.rip + instruction->length;
+      context.next_rip = rip + instruction->length;
       if (cpu.state.code_bits != 64) context.next_rip = u32(context.next_rip);
       result = instruction->handler(context, *instruction);
+    }
+    if constexpr (way == Way::rehearse) {
+      if (result != Result::ok || cpu.exit.kind != ExitKind::none) {
+        // Elements of a REP, or an event that could not be delivered, are behind us.
+        const bool device = result == Result::exit && cpu.exit.kind == ExitKind::attention;
+        rehearsed.clean = (result == Result::fault || device) && instruction->repeat == Repeat::none;
+        break;
+      }
     }
     if (result == Result::ok) [[likely]] {
       cpu.state.rip = context.next_rip;
@@ -265,6 +289,12 @@ void Interpreter::execute(Cpu& cpu) {
       if (cpu.mmio.touched()) [[unlikely]] {
         cpu.mmio.retire_instruction();
         if (cpu.mmio.has_writes() && cpu.exit.kind == ExitKind::none) cpu.exit.kind = ExitKind::mmio_write;
+      }
+      if constexpr (way == Way::rehearse) {
+        if (cpu.state.rip == rip && instruction->repeat != Repeat::none) continue;
+        const bool back = cpu.state.rip <= rip;
+        boundaries[rehearsed.count++] = boundary_of(cpu, back);
+        if ((back && rehearsed.count >= enough) || end_rehearsal) break;
       }
       if (cpu.exit.kind != ExitKind::none) [[unlikely]]
         break;
@@ -278,13 +308,15 @@ void Interpreter::execute(Cpu& cpu) {
       }
       break;
     }
-    if constexpr (single) break;
+    if constexpr (way == Way::step) break;
   }
   if (context.x87_touched) host.restore();
+  return rehearsed;
 }
 
 }  // namespace
 
 std::unique_ptr<Engine> make_interpreter() { return std::make_unique<Interpreter>(); }
+std::unique_ptr<Reference> make_reference() { return std::make_unique<Interpreter>(); }
 
 }  // namespace anykvm::engine

@@ -45,7 +45,7 @@ void Translation::collect() {
   const bool supervisor = request_.mode.privilege != x86::Privilege::user;
   unsigned offset = request_.offset;
   falls_through_ = true;
-  while (count_ < most_instructions) {
+  while (count_ < request_.limit) {
     Guest& g = guests_[count_];
     g.offset = u16(offset);
     if (!decode_at(request_.page, offset, g.d)) {
@@ -60,6 +60,7 @@ void Translation::collect() {
       break;
     }
     g.what = analyse(g.d, supervisor);
+    if (request_.supervised && !is_repeatable(g.d)) g.what = {.kind = Kind::step_and_end};
     if (g.what.vector && !request_.vectors_allowed) g.what = {.kind = Kind::step_and_end};
     if (g.what.vector && !request_.mode.vectors) g.what = {.kind = Kind::want_vectors};
     offset += g.d.instruction.length;

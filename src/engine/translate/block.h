@@ -6,6 +6,8 @@
 
 namespace anykvm::engine::translate {
 
+inline constexpr unsigned most_instructions = 48;
+
 struct BlockRequest {
   const u8* page;   ///< the bytes of the page of guest code, which nobody else writes
   u64 address;      ///< host address that the guest knows it by
@@ -14,6 +16,8 @@ struct BlockRequest {
   bool vectors_allowed;  ///< CR0, CR4 and XCR0 let vector instructions run; else the reference engine decides
   const Stubs* stubs;
   CodeCache* cache;  ///< where direct jumps in the page may find their target
+  unsigned limit = most_instructions;
+  bool supervised = false;  ///< only what may be repeated (is_repeatable) is emitted, the rest are steps
 };
 
 /// A block as it lies in memory: its code, and behind it one PlaceInBlock for each instruction.

@@ -24,7 +24,7 @@ void Translator::note_jump(u64 rip, const Block& block) {
 
 /// The run loop decides wherever anything is to be looked at first.
 bool Translator::find(u64 rip) {
-  if (cpu_->attention.load(std::memory_order_relaxed) || cpu_->mmu.flush_count() != flushes_seen_ ||
+  if (context_->attention->load(std::memory_order_relaxed) || cpu_->mmu.flush_count() != flushes_seen_ ||
       !shared_.is_quiet())
     return false;
   const x86::Privilege privilege =

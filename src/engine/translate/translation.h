@@ -6,8 +6,6 @@
 
 namespace anykvm::engine::translate {
 
-inline constexpr unsigned most_instructions = 48;
-
 struct Guest {
   Decoded d;
   Analysis what;

@@ -171,10 +171,13 @@ Block* Translator::make_block(CodePage& page, u64 address, Mode mode) {
                              .mode = mode,
                              .vectors_allowed = vectors_allowed(),
                              .stubs = &stubs_,
-                             .cache = &cache_};
+                             .cache = &cache_,
+                             .limit = block_limit_,
+                             .supervised = supervision_ != nullptr};
   u8* const code = cache_.free_code();
   const BlockCode made = translate_block(request, code, cache_.code_end());
   if (!made.end) return nullptr;
+  if (supervision_) supervision_->made(supervision_->arg, code, code + made.code_bytes);
   return cache_.add(page, address, mode.number(), std::size_t(made.end - code), made.code_bytes, made.instructions);
 }
 
@@ -224,6 +227,7 @@ Block* Translator::block_at_rip() {
 Next Translator::step_in_block(u64 request) {
   x86::CpuState& s = cpu_->state;
   s.rip = context_->page_base + StepRequest::offset(request);
+  if (!may_step()) return Next::leave;
   ++steps_[StepRequest::mnemonic(request)];
   reference_->step(*cpu_);
   if (StepRequest::ends(request)) {
@@ -239,7 +243,7 @@ Next Translator::step_in_block(u64 request) {
 
 Next Translator::go_on() {
   x86::Cpu& cpu = *cpu_;
-  if (cpu.exit.kind != ExitKind::none || cpu.attention.load(std::memory_order_relaxed) || !translatable() ||
+  if (cpu.exit.kind != ExitKind::none || context_->attention->load(std::memory_order_relaxed) || !translatable() ||
       !shared_.is_quiet())
     return Next::leave;
   follow_flushes();
@@ -295,73 +299,91 @@ void Translator::for_each_step(void (*f)(void* arg, const char* mnemonic, u64 co
   }
 }
 
-void Translator::run(x86::Cpu& cpu) {
+void Translator::enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*body)(void*), void* arg,
+                       const Supervision* supervision) {
   const os::FaultRecovery recovery(
       [](void* self, void* ucontext) { return static_cast<Translator*>(self)->recover(ucontext); }, this);
-  callers_gs_base_ = gs_base();
-  in_run_ = true;
-  shared_.enter(cpu.attention);
-  set_gs_base(u64(context_));
-  run_blocks(cpu);
-  abandon();
-}
-
-void Translator::run_blocks(x86::Cpu& cpu) {
   cpu_ = &cpu;
+  supervision_ = supervision;
   cpu.exit = {};
   if (cpu.code_watch.engine != this) {
     cpu.code_watch = {[](void* engine, const u8* host) { static_cast<Translator*>(engine)->page_written(host); }, this};
     cpu.mmu.flush_all();  // of what was let through before anybody watched
   }
   context_->state = &cpu.state;
-  context_->attention = &cpu.attention;
+  context_->attention = &attention;
   context_->window_wanted = &cpu.window_wanted;
   context_->link_site = 0;
   ++epoch_;
   flush_jumps();
+  callers_gs_base_ = gs_base();
+  in_run_ = true;
+  shared_.enter(cpu.attention);
+  set_gs_base(u64(context_));
+  body(arg);
+  abandon();
+}
 
-  for (;;) {
-    if (cpu.attention.load(std::memory_order_relaxed) || __atomic_load_n(cpu.immediate_exit, __ATOMIC_RELAXED)) {
-      cpu.exit.kind = ExitKind::attention;
-      return;
-    }
-    code_dropped_ = false;
-    if (shared_.must_flush()) {
-      cpu.mmu.flush_all();
-      shared_.tell_others();
-    }
-    if (shared_.is_stale(std::exchange(serialized_, false))) {
-      ++epoch_;
-      flush_jumps();
-    }
-    follow_flushes();
-    const unsigned mode_before = mode_.number();
-    const bool wants_vectors = std::exchange(context_->wants_vectors, 0);
-    mode_ = next_mode(wants_vectors);
-    const u64 link_site = mode_.number() == mode_before ? context_->link_site : 0;
-    // An instruction in which the host raised an exception: the reference engine finds out why, and what the guest
-    // gets.
-    const bool faulted = std::exchange(context_->faulted, 0);
-    Block* block = translatable() && (mode_.vectors || !wants_vectors) && !faulted ? block_at_rip() : nullptr;
-    if (!block) {
-      context_->link_site = 0;
-      reference_->step(cpu);
-      ++steps_[ZYDIS_MNEMONIC_INVALID];
-      serialized_ = true;
-      if (cpu.exit.kind != ExitKind::none) return;
-      continue;
-    }
-    if (link_site && context_->link_site == link_site) {
-      const s32 distance = s32(block->code - (reinterpret_cast<u8*>(link_site) + 4));
-      std::memcpy(reinterpret_cast<void*>(link_site), &distance, sizeof distance);
-    }
-    context_->link_site = 0;
-    context_->page_base = cpu.state.rip & page_mask;
-    context_->enter_at = u64(block->code);
-    refresh_segments();
-    stubs_.enter[mode_.vectors](context_);
-    if (cpu.exit.kind != ExitKind::none) return;
+void Translator::run(x86::Cpu& cpu) {
+  enter(
+      cpu, cpu.attention,
+      [](void* self) {
+        auto& translator = *static_cast<Translator*>(self);
+        x86::Cpu& cpu = *translator.cpu_;
+        do {
+          if (cpu.attention.load(std::memory_order_relaxed) || __atomic_load_n(cpu.immediate_exit, __ATOMIC_RELAXED)) {
+            cpu.exit.kind = ExitKind::attention;
+            return;
+          }
+        } while (translator.run_once());
+      },
+      this);
+}
+
+void Translator::limit_blocks(unsigned instructions) {
+  block_limit_ = instructions;
+  cache_.clear();
+  flush_jumps();
+}
+
+bool Translator::run_once() {
+  code_dropped_ = false;
+  if (shared_.must_flush()) {
+    cpu_->mmu.flush_all();
+    shared_.tell_others();
   }
+  if (shared_.is_stale(std::exchange(serialized_, false))) {
+    ++epoch_;
+    flush_jumps();
+  }
+  follow_flushes();
+  const unsigned mode_before = mode_.number();
+  if (mode_.privilege != cpu_->data_privilege) mode_ = {cpu_->data_privilege, false};
+  const bool allowed = vectors_allowed();
+  const bool wants_vectors = context_->wants_vectors;
+  context_->wants_vectors = 0;
+  mode_.vectors = allowed && (mode_.vectors || wants_vectors);
+  const u64 link_site = mode_.number() == mode_before ? context_->link_site : 0;
+  // An instruction in which the host raised an exception: the reference engine finds out why, and what the guest
+  // gets.
+  const bool faulted = std::exchange(context_->faulted, 0);
+  Block* block = translatable() && (allowed || !wants_vectors) && !faulted ? block_at_rip() : nullptr;
+  if (!block) {
+    context_->link_site = 0;
+    if (may_step()) reference_->step(*cpu_);
+    serialized_ = true;
+    return cpu_->exit.kind == ExitKind::none;
+  }
+  if (link_site && context_->link_site == link_site) {
+    const s32 distance = s32(block->code - (reinterpret_cast<u8*>(link_site) + 4));
+    std::memcpy(reinterpret_cast<void*>(link_site), &distance, sizeof distance);
+  }
+  context_->link_site = 0;
+  context_->page_base = cpu_->state.rip & page_mask;
+  context_->enter_at = u64(block->code);
+  refresh_segments();
+  stubs_.enter[mode_.vectors](context_);
+  return cpu_->exit.kind == ExitKind::none;
 }
 
 }  // namespace translate

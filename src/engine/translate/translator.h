@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "engine/engine.h"
+#include "engine/translate/block.h"
 #include "engine/translate/code_cache.h"
 #include "engine/translate/shared_code.h"
 #include "engine/translate/stubs.h"
@@ -31,11 +32,29 @@ class Translator final : public Engine {
   bool fill(Gva address, u32 request);
   bool find(u64 rip);
 
+  // --- for the lockstep engine --------------------------------------------------------------------------------------
+  struct Supervision {
+    void* arg;
+    /// Asked before the reference engine executes the instruction at RIP; false: the translator leaves instead.
+    bool (*may_step)(void* arg);
+    /// Told of new code, which a test may change.
+    void (*made)(void* arg, u8* begin, u8* end);
+  };
+  /// Calls body(arg) with everything in place that run_once() needs. Code that runs leaves at the first backward or
+  /// indirect jump while `attention` is not 0.
+  void enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*body)(void*), void* arg,
+             const Supervision* supervision = nullptr);
+  /// Runs from RIP until translated code leaves, or one step of the reference engine. false: cpu.exit says why.
+  bool run_once();
+  /// Whether the code at RIP is in a mode that is translated.
+  bool translatable() const;
+  /// Forgets all code; blocks that are made from now on have at most so many instructions.
+  void limit_blocks(unsigned instructions);
+
  private:
-  void run_blocks(x86::Cpu& cpu);
+  bool may_step() const { return !supervision_ || supervision_->may_step(supervision_->arg); }
   /// Where to go on, with the state complete, without a way through the run loop if possible.
   Next go_on();
-  bool translatable() const;
   bool vectors_allowed() const;
   Mode next_mode(bool wants_vectors);
   void follow_flushes();
@@ -61,6 +80,8 @@ class Translator final : public Engine {
   u64 epoch_ = 1;  ///< grows whenever somebody may have written code and told the guest
   u64 flushes_seen_ = 0;
   u64 callers_gs_base_ = 0;
+  const Supervision* supervision_ = nullptr;
+  unsigned block_limit_ = most_instructions;
   bool in_run_ = false;
   SharedCode shared_;
   bool user_vectors_ = false;                     ///< user code had the vector registers when it was left

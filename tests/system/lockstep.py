@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Linux boots to userspace with every instruction of the translator compared with the reference engine's."""
+
+import hashlib
+
+import harness
+from harness import check
+
+TASK = """
+echo "== user"
+echo compared | gzip -9 | gzip -d | sha256sum
+echo "== dmesg"
+dmesg
+echo "== end"
+"""
+
+
+def main():
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--guest", default="6.1")
+    parser.add_argument("--cpus", type=int, default=1)
+    options = parser.parse_args()
+    harness.require_tool(options.anykvm)
+    guest = harness.Guest(options.guest)
+    # A guest that is this slow need not test its own ciphers, nor take its CPUs for stuck.
+    result = harness.boot(options.anykvm, guest, TASK, cpus=options.cpus, engine="lockstep", timeout=1500,
+                          append="cryptomgr.notests nowatchdog rcupdate.rcu_cpu_stall_suppress=1")
+    check("differs" not in result.messages, "the engines differ", result)
+    expected = hashlib.sha256(b"compared\n").hexdigest()
+    check(result.section("user").split()[0] == expected, "the guest's user code went wrong", result)
+    result.section("end")
+    print(f"{options.guest} with {options.cpus} CPUs in {result.seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
