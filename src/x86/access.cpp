@@ -4,6 +4,7 @@
 // Every page of an access is translated before the first byte moves: a fault finds nothing half done, and no device
 // was read in vain.
 #include "x86/descriptors.h"
+#include "x86/paging.h"
 
 namespace anykvm::x86 {
 
@@ -20,6 +21,11 @@ void announce_store(Cpu& cpu, Gva gva, const Operand::Part (&parts)[2]) {
 Result translate_parts(Cpu& cpu, Gva gva, unsigned size, Access access, Privilege privilege,
                        Operand::Part (&parts)[2]) {
   const unsigned first = unsigned(page_size - (gva & ~page_mask));
+  // A store of which the second half faults makes no page dirty.
+  if (size > first && access == Access::write && cpu.canonical(gva) && cpu.canonical(gva + first)) {
+    ANYKVM_TRY(check_page(cpu, gva, access, privilege));
+    ANYKVM_TRY(check_page(cpu, gva + first, access, privilege));
+  }
   Mmu::Translation translation;
   ANYKVM_TRY(cpu.mmu.translate(cpu, gva, access, privilege, translation));
   parts[0] = {translation.host, translation.gpa, size < first ? size : first};

@@ -89,7 +89,15 @@ Result deliver_long(Cpu& cpu, const Delivery& event) {
   frame[n++] = s.segment[ss].selector;
   stack -= 8 * n;
   if (!cpu.canonical(stack) || !cpu.canonical(stack + 8 * n - 1)) return cpu.raise(exception::ss, ext);
-  ANYKVM_TRY(cpu.write_as(stack, frame, 8 * n, stack_privilege(cpu, new_cpl)));
+  const Privilege privilege = stack_privilege(cpu, new_cpl);
+  if (const Result result = cpu.write_as(stack, frame, 8 * n, privilege); result != Result::ok) {
+    if (result == Result::exit) return result;
+    // The pushes go down: CR2 is the first one's that cannot be done.
+    Mmu::Translation translation;
+    for (unsigned i = n; i-- > 0;)
+      ANYKVM_TRY(cpu.mmu.translate(cpu, stack + 8 * i, Access::write, privilege, translation));
+    return result;
+  }
 
   s.gpr[rsp] = stack;
   s.rip = rip;

@@ -55,7 +55,7 @@ u64 reserved_bits(const Cpu& cpu, const Format& format, unsigned level, bool lea
   if (leaf && level == 2) reserved |= bits(20, 13);
   if (leaf && level == 3) reserved |= bits(29, 13);
   if (level >= 4 || (level == 3 && cpu.cpuid.is_set() && !cpu.cpuid.has(Feature::gbpages))) reserved |= entry_ps;
-  if (!leaf && level >= 3 && cpu.cpuid.vendor() == Vendor::amd) reserved |= bits(8, 8);
+  if (level >= 4 && cpu.cpuid.vendor() == Vendor::amd) reserved |= bits(8, 8);
   return reserved;
 }
 
@@ -75,9 +75,11 @@ Format format_of(const CpuState& s) {
 
 enum class Outcome { done, fault, again };
 
-/// One attempt. `checked`: rights are looked at and accessed/dirty bits set.
-Outcome attempt(Cpu& cpu, const Format& format, Gva gva, Access access, Privilege privilege, bool checked,
-                PageWalk& walk) {
+/// What is done about rights, and about accessed and dirty bits.
+enum class Aim { probe, check, access };
+
+/// One attempt. Aim::check looks at the rights, Aim::access also sets accessed and dirty bits.
+Outcome attempt(Cpu& cpu, const Format& format, Gva gva, Access access, Privilege privilege, Aim aim, PageWalk& walk) {
   const CpuState& s = cpu.state;
   const bool user = privilege == Privilege::user, nx_enabled = format.entry_bytes == 8 && s.msr.efer & efer::nx;
   u32 error = (access == Access::write ? pf::write : 0) | (user ? pf::user : 0) |
@@ -120,7 +122,7 @@ Outcome attempt(Cpu& cpu, const Format& format, Gva gva, Access access, Privileg
   walk.page = ((base & ~offset) | (gva & offset)) & page_mask;
   walk.large = level > 1;
   walk.huge = level == 3;
-  if (!checked) return Outcome::done;
+  if (aim == Aim::probe) return Outcome::done;
 
   const bool user_page = all & entry_u, writable = all & entry_w;
   bool allowed = true;
@@ -146,6 +148,7 @@ Outcome attempt(Cpu& cpu, const Format& format, Gva gva, Access access, Privileg
     walk.error = error | pf::present;
     return Outcome::fault;
   }
+  if (aim == Aim::check) return Outcome::done;
 
   for (unsigned i = format.levels; i >= level; --i) {
     const u64 wanted = entry_a | (i == level && access == Access::write ? entry_d : 0);
@@ -160,13 +163,24 @@ Outcome attempt(Cpu& cpu, const Format& format, Gva gva, Access access, Privileg
 bool walk_page(Cpu& cpu, Gva gva, Access access, Privilege privilege, PageWalk& walk) {
   const Format format = format_of(cpu.state);
   for (;;) {
-    const Outcome outcome = attempt(cpu, format, gva, access, privilege, true, walk);
+    const Outcome outcome = attempt(cpu, format, gva, access, privilege, Aim::access, walk);
     if (outcome != Outcome::again) return outcome == Outcome::done;
   }
 }
 
 bool probe_page(Cpu& cpu, Gva gva, PageWalk& walk) {
-  return attempt(cpu, format_of(cpu.state), gva, Access::read, Privilege::supervisor_ac, false, walk) == Outcome::done;
+  return attempt(cpu, format_of(cpu.state), gva, Access::read, Privilege::supervisor_ac, Aim::probe, walk) ==
+         Outcome::done;
+}
+
+Result check_page(Cpu& cpu, Gva gva, Access access, Privilege privilege) {
+  if (privilege == Privilege::user_aligned) privilege = Privilege::user;
+  if (!cpu.state.long_mode()) gva = u32(gva);
+  if (!cpu.state.paging() || cpu.mmu.lookup(gva, 1, access, privilege)) return Result::ok;
+  PageWalk walk;
+  return attempt(cpu, format_of(cpu.state), gva, access, privilege, Aim::check, walk) == Outcome::done
+             ? Result::ok
+             : cpu.raise_page_fault(gva, walk.error);
 }
 
 bool load_pdptes(Cpu& cpu, u64 cr3) {

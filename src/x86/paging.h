@@ -21,6 +21,8 @@ inline constexpr u32 present = 1, write = 2, user = 4, reserved = 8, fetch = 16,
 
 /// Walks for an access and sets accessed and dirty bits on success. Paging is on.
 bool walk_page(Cpu& cpu, Gva gva, Access access, Privilege privilege, PageWalk& walk);
+/// The page fault that an access to a canonical address would raise, if any. It sets no accessed and dirty bits.
+Result check_page(Cpu& cpu, Gva gva, Access access, Privilege privilege);
 /// Follows the tables without rights and without side effects.
 bool probe_page(Cpu& cpu, Gva gva, PageWalk& walk);
 

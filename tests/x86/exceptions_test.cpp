@@ -140,7 +140,7 @@ TEST_F(Exceptions, APageFaultOnTheStackBecomesADoubleFault) {
   (void)cpu.raise_page_fault(0x1234, 0);
   ASSERT_EQ(cpu.deliver_fault(), Result::ok);
   EXPECT_EQ(s.rip, handler + 8);
-  EXPECT_EQ(s.cr2, 0x40'0000'0000u - 48) << "CR2 is the second fault's";
+  EXPECT_EQ(s.cr2, 0x40'0000'0000u - 8) << "CR2 is the second fault's, of the first push";
 }
 
 TEST_F(Exceptions, APageFaultAfterABenignOneIsDeliveredAlone) {

@@ -44,6 +44,39 @@ TEST_F(Paging, NotPresentCodes) {
   EXPECT_EQ(access(X), int(I));
 }
 
+TEST_F(Paging, AmdReservesTheGlobalBitOfItsTopTables) {
+  const auto give_cpuid = [&](const char* vendor) {  // EBX, ECX, EDX
+    kvm_cpuid_entry2 leaf{};
+    __builtin_memcpy(&leaf.ebx, vendor, 4), __builtin_memcpy(&leaf.ecx, vendor + 4, 4);
+    __builtin_memcpy(&leaf.edx, vendor + 8, 4);
+    kvm_cpuid_entry2 size{.function = 0x80000008, .eax = 48 << 8 | 40};
+    const kvm_cpuid_entry2 entries[] = {leaf, size};
+    ASSERT_EQ(cpu.cpuid.set(entries), 0);
+  };
+  map(page, 0x5000, pte::p);
+  for (unsigned level : {4u, 3u, 2u}) {
+    const u64 before = machine.get<u64>(entry(page, level));
+    machine.put<u64>(entry(page, level), before | pte::g);
+    give_cpuid("AuthcAMDenti");
+    EXPECT_EQ(access(R), level == 4 ? int(P | RSVD) : -1) << level;
+    give_cpuid("GenuntelineI");
+    EXPECT_EQ(access(R), -1) << level;
+    machine.put<u64>(entry(page, level), before);
+  }
+}
+
+TEST_F(Paging, AStoreThatFaultsOnItsSecondPageMakesNoPageDirty) {
+  map(page, 0x5000, pte::p | pte::w);
+  map(page + page_size, 0x6000, pte::p);
+  EXPECT_EQ(cpu.write(page + 0xffc, u64{0}), Result::fault);
+  EXPECT_EQ(cpu.fault.payload, page + page_size);
+  EXPECT_EQ(machine.get<u64>(entry(page, 1)) & pte::d, 0u);
+  map(page + page_size, 0x6000, pte::p | pte::w);
+  EXPECT_EQ(cpu.write(page + 0xffc, u64{0}), Result::ok);
+  EXPECT_EQ(machine.get<u64>(entry(page, 1)) & pte::d, pte::d);
+  EXPECT_EQ(machine.get<u64>(entry(page + page_size, 1)) & pte::d, pte::d);
+}
+
 TEST_F(Paging, UserRights) {
   map(page, 0x5000, pte::p);
   EXPECT_EQ(access(R, user), int(P | U));
