@@ -2,6 +2,7 @@
 // people.
 #include <Zydis/Zydis.h>
 
+#include <algorithm>
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
@@ -33,7 +34,13 @@ void for_each_difference(const Guest& guest, const Memory& ours, const Memory& t
 
 Case make_case(const Guest& guest, const Memory& ours, const Memory& theirs, unsigned test) {
   const Ending mine = guest.ending(ours, test), other = guest.ending(theirs, test);
-  return {guest, test, mine, other, guest.code_at(test, mine.cs, mine.rip)};
+  return {guest,
+          test,
+          mine,
+          other,
+          guest.code_at(test, mine.cs, mine.rip),
+          guest.descriptor(ours, test, mine.cs),
+          mine.has_error && !(mine.error & 2) ? guest.descriptor(ours, test, mine.error) : 0};
 }
 
 Mistake* explanation(const Case& c, const Difference& difference) {
@@ -50,8 +57,9 @@ unsigned tests_done(const Guest& guest, const Memory& memory) {
   return n;
 }
 
-int first_difference(const Guest& guest, const Memory& ours, const Memory& theirs) {
-  for (unsigned test = 0; test < guest.tests; ++test) {
+int next_difference(const Guest& guest, const Memory& ours, const Memory& theirs, unsigned from) {
+  const unsigned ended = std::min(tests_done(guest, ours), tests_done(guest, theirs));
+  for (unsigned test = from; test < ended; ++test) {
     bool differs = false;
     Case c = make_case(guest, ours, theirs, test);
     for_each_difference(guest, ours, theirs, test, [&](const Field&, const Difference& difference) {
@@ -66,6 +74,7 @@ int first_difference(const Guest& guest, const Memory& ours, const Memory& their
 }
 
 std::string report(const Guest& guest, const Memory& ours, const Memory& theirs, unsigned test) {
+  if (test >= guest.tests) return {};
   std::string text = "test " + std::to_string(test) + "\n" + guest.describe(test);
   char line[160];
   const Case c = make_case(guest, ours, theirs, test);
@@ -76,6 +85,8 @@ std::string report(const Guest& guest, const Memory& ours, const Memory& theirs,
     text += line;
   };
   ending("ours", c.mine), ending("TCG's", c.other);
+  if (test >= tests_done(guest, ours) || test >= tests_done(guest, theirs))
+    return text + "  (one of them did not end it)\n";
   text += "  what differs      ours | TCG's\n";
   for_each_difference(guest, ours, theirs, test, [&](const Field& field, const Difference& difference) {
     const std::string name =

@@ -46,6 +46,12 @@ class Guest {
   virtual Ending ending(const Memory& memory, unsigned test) const = 0;
   /// The bytes of the test's code at an address of the test, else empty.
   virtual std::span<const u8> code_at(unsigned test, u64 cs, u64 rip) const = 0;
+  /// Makes the test do nothing.
+  virtual void skip(unsigned test) = 0;
+  /// All of the test's code.
+  virtual std::span<const u8> code(unsigned test) const = 0;
+  /// The descriptor of a selector when the test ended; 0: there is none, or this guest's log does not show it.
+  virtual u64 descriptor(const Memory&, unsigned, u64) const { return 0; }
   /// The test's input, for people.
   virtual std::string describe(unsigned test) const = 0;
 };
@@ -64,8 +70,8 @@ void put(Memory& memory, u64 address, T value) {
 /// How many tests have ended.
 unsigned tests_done(const Guest& guest, const Memory& memory);
 
-/// The first test that ended differently in a way that no mistake of TCG's explains; -1: none.
-int first_difference(const Guest& guest, const Memory& ours, const Memory& theirs);
+/// The first test, `from` or later, that ended differently in a way that no mistake of TCG's explains; -1: none.
+int next_difference(const Guest& guest, const Memory& ours, const Memory& theirs, unsigned from = 0);
 
 /// The test's input and the fields of both log entries that differ, for people.
 std::string report(const Guest& guest, const Memory& ours, const Memory& theirs, unsigned test);

@@ -11,6 +11,8 @@ class LegacyGuest final : public Guest {
   LegacyGuest(u64 seed, unsigned count);
   Ending ending(const Memory& memory, unsigned test) const override;
   std::span<const u8> code_at(unsigned test, u64 cs, u64 rip) const override;
+  void skip(unsigned test) override;
+  std::span<const u8> code(unsigned test) const override;
   std::string describe(unsigned test) const override;
 };
 

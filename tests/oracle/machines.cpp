@@ -1,12 +1,15 @@
 #include "oracle/machines.h"
 
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <iostream>
+#include <mutex>
+#include <thread>
 
 #include "engine/engine.h"
 #include "oracle/monitor.h"
@@ -16,7 +19,7 @@ namespace anykvm::oracle {
 
 bool qemu_is_there() { return std::system("command -v qemu-system-x86_64 >/dev/null 2>&1") == 0; }
 
-Memory run_in_engine(const Guest& guest, std::string& end) {
+Memory run_in_engine(const Guest& guest, End& end, std::string& why) {
   using namespace x86;
   FakeMachine machine(guest_ram);
   std::memcpy(machine.base, guest.image.data(), guest.image.size());
@@ -35,21 +38,29 @@ Memory run_in_engine(const Guest& guest, std::string& end) {
   const auto engine = engine::make(kind);
   // A 16-bit task's stack may lie in QEMU's firmware, which is filled with HLT.
   static constexpr u8 firmware[8] = {0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4};
+  // A guest takes far less than a second. One that loops is stopped.
+  std::jthread watchdog([&cpu](std::stop_token stop) {
+    std::mutex mutex;
+    std::unique_lock lock(mutex);
+    if (!std::condition_variable_any().wait_for(lock, stop, std::chrono::seconds(10), [] { return false; }) &&
+        !stop.stop_requested())
+      cpu.attention = 1;
+  });
   for (engine->run(cpu); cpu.exit.kind == ExitKind::mmio_read || cpu.exit.kind == ExitKind::mmio_write;
        engine->run(cpu)) {
     if (cpu.exit.kind == ExitKind::mmio_read) cpu.mmio.reply(firmware);
     while (cpu.mmio.has_writes()) cpu.mmio.pop_write();
   }
-  if (cpu.exit.kind != ExitKind::pio || cpu.exit.port != MONITOR_EXIT_PORT) {
-    end = "exit " + std::to_string(int(cpu.exit.kind)) + " at " + std::to_string(cpu.state.rip);
-    if (cpu.exit.reason) end += std::string(": ") + cpu.exit.reason;
-  }
+  const bool ended = cpu.exit.kind == ExitKind::pio && cpu.exit.port == MONITOR_EXIT_PORT;
+  end = ended ? End::guests : cpu.exit.kind == ExitKind::shutdown ? End::shutdown : End::none;
+  why = ended ? "" : "exit " + std::to_string(int(cpu.exit.kind)) + " at " + std::to_string(cpu.state.rip);
+  if (!ended && cpu.exit.reason) why += std::string(": ") + cpu.exit.reason;
   return {machine.base, machine.base + guest_ram};
 }
 
 namespace {
 
-Memory run_qemu_once(const Guest& guest) {
+Memory run_qemu_once(const Guest& guest, End& end) {
   char directory[] = "/tmp/anykvm-oracle-XXXXXX";
   if (!mkdtemp(directory)) return {};
   const std::string base = directory;
@@ -60,17 +71,20 @@ Memory run_qemu_once(const Guest& guest) {
   std::memcpy(&bios[0xfff0], jump, sizeof jump);
   std::ofstream(base + "/bios", std::ios::binary).write(reinterpret_cast<const char*>(bios.data()), s64(bios.size()));
   const std::string command =
-      "timeout 60 qemu-system-x86_64 -accel tcg -cpu " + guest.qemu_cpu +
+      "timeout 10 qemu-system-x86_64 -accel tcg -cpu " + guest.qemu_cpu +
       " -nodefaults -no-user-config -display none -no-reboot -m 8M "
       "-machine pc,memory-backend=ram -object memory-backend-file,id=ram,size=8M,share=on,mem-path=" +
       base + "/ram -bios " + base + "/bios -device isa-debug-exit,iobase=0xf4,iosize=1 </dev/null >" + base +
       "/output 2>&1";
   Memory memory;
-  if (std::system(command.c_str()) != -1) {
+  const int status = std::system(command.c_str());
+  end = !WIFEXITED(status)         ? End::none
+        : WEXITSTATUS(status) == 1 ? End::guests
+        : WEXITSTATUS(status) == 0 ? End::shutdown
+                                   : End::none;
+  if (status != -1) {
     memory.resize(guest_ram);
     std::ifstream(base + "/ram", std::ios::binary).read(reinterpret_cast<char*>(memory.data()), s64(memory.size()));
-    std::ifstream output(base + "/output");
-    if (output.peek() != EOF) std::cout << output.rdbuf();
   }
   std::filesystem::remove_all(base);
   return memory;
@@ -78,13 +92,9 @@ Memory run_qemu_once(const Guest& guest) {
 
 }  // namespace
 
-Memory run_in_qemu(const Guest& guest) {
-  Memory memory;
-  for (unsigned attempt = 0; attempt < 3; ++attempt) {
-    memory = run_qemu_once(guest);
-    if (memory.size() == guest_ram && tests_done(guest, memory) == guest.tests) break;
-  }
-  return memory;
+Memory run_in_qemu(const Guest& guest, End& end) {
+  Memory memory = run_qemu_once(guest, end);
+  return end == End::none ? run_qemu_once(guest, end) : memory;
 }
 
 }  // namespace anykvm::oracle

@@ -7,10 +7,16 @@ namespace anykvm::oracle {
 
 bool qemu_is_there();
 
-/// Runs the guest to its end and returns its memory. `end` says why, where it was not the guest's own end.
-Memory run_in_engine(const Guest& guest, std::string& end);
+enum class End {
+  guests,    ///< the guest said so
+  shutdown,  ///< a triple fault
+  none,      ///< it hung, or the machine gave up
+};
 
-/// QEMU with a file of this memory as its RAM. A QEMU that does not get to the end is run again, twice.
-Memory run_in_qemu(const Guest& guest);
+/// Runs the guest and returns its memory. `why`: what the engine said where the end was not the guest's own.
+Memory run_in_engine(const Guest& guest, End& end, std::string& why);
+
+/// QEMU with a file of this memory as its RAM. A QEMU that hangs or dies is run again, once.
+Memory run_in_qemu(const Guest& guest, End& end);
 
 }  // namespace anykvm::oracle

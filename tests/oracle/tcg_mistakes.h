@@ -13,6 +13,8 @@ struct Case {
   unsigned test;
   Ending mine, other;        ///< ours, TCG's
   std::span<const u8> code;  ///< at our RIP
+  u64 code_segment = 0;      ///< the descriptor of our CS
+  u64 named = 0;             ///< the descriptor that our error code names
 };
 
 /// A value in the log entries.

@@ -1,0 +1,24 @@
+// Random tests of 64-bit and compatibility mode for the monitor of long_monitor.h: transfers of control, system
+// registers and instructions, paging, breakpoints, faults of delivery.
+#pragma once
+
+#include "oracle/guest.h"
+
+namespace anykvm::oracle {
+
+/// What a guest's tests are mostly about.
+enum class Subject : u8 { transfers, registers, paging, debugging, exceptions };
+
+class LongGuest final : public Guest {
+ public:
+  /// The seed's low bits choose 5-level paging and Intel's processor.
+  LongGuest(u64 seed, unsigned count, Subject subject);
+  Ending ending(const Memory& memory, unsigned test) const override;
+  std::span<const u8> code_at(unsigned test, u64 cs, u64 rip) const override;
+  void skip(unsigned test) override;
+  std::span<const u8> code(unsigned test) const override;
+  u64 descriptor(const Memory& memory, unsigned test, u64 selector) const override;
+  std::string describe(unsigned test) const override;
+};
+
+}  // namespace anykvm::oracle
