@@ -416,7 +416,7 @@ class Generator {
   void far_pointer(Emitter& code) {
     if (far_pointer_used_) return;  // there is room for one
     far_pointer_used_ = true;
-    const unsigned width = bits_ == 64 ? any_of({4u, 8u, 4u, 2u}) : any_of({2u, 4u});
+    const unsigned width = any_of({2u, 4u, 4u});  // m16:64 is Intel's only; our CPU does as the host
     static constexpr u16 gates[] = {gate_r0, gate_r3, gate_conforming, gate_r1, gate_r0 | 3,
                                     0x110,   0x120,   0x130,           0x160};
     const u16 to = below(3) ? code_selector() : any_of(gates);
