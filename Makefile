@@ -2,7 +2,7 @@
 PRESET ?= release
 BUILD = build/$(PRESET)
 
-.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-ioctl fuzz-guest fuzz-loader format clean packages guests selftests
+.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-ioctl fuzz-guest fuzz-loader tidy format clean packages guests selftests
 
 help:
 	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
@@ -14,6 +14,7 @@ help:
 	@echo "make selftests  the kernel's own KVM selftests on the engine, into docs/selftests.md"
 	@echo "make fuzz     fuzz the ioctls, guest code and the loader, FUZZ_TIME seconds each (fuzz-ioctl, fuzz-guest: one of them)"
 	@echo "make fuzz-system  system instructions and modes against QEMU's TCG (SEED, ROUNDS)"
+	@echo "make tidy     clang-tidy over the sources"
 	@echo "make format   clang-format over the sources"
 	@echo "make clean    remove build/ (cache/, the fetched guests, stays)"
 
@@ -60,6 +61,12 @@ fuzz:
 	@scripts/fuzz $(FUZZ_TIME)
 fuzz-ioctl fuzz-guest fuzz-loader: fuzz-%:
 	@scripts/fuzz $(FUZZ_TIME) $*
+
+# The checks of .clang-tidy over src/ (but fill.cpp, whose options are for GCC).
+tidy: packages
+	@scripts/setup tidy
+	@cmake --preset release >/dev/null
+	@git ls-files 'src/*.cpp' | grep -v '/fill.cpp' | xargs run-clang-tidy-19 -quiet -j $$(nproc) -p build/release -warnings-as-errors='*'
 
 # System instructions, gates, tasks and modes against QEMU's TCG, with tests that no run before has had.
 fuzz-system: packages $(BUILD)/build.ninja

@@ -24,6 +24,7 @@ long set_cpuid(const Call& call) {
   const auto user_entries = reinterpret_cast<void*>(call.arg + offsetof(kvm_cpuid, entries));
   if (!os::copy_from_user(entries.data(), user_entries, entries.size() * sizeof entries[0])) return -EFAULT;
   std::vector<kvm_cpuid_entry2> entries2;
+  entries2.reserve(entries.size());
   for (const kvm_cpuid_entry& e : entries)
     entries2.push_back({.function = e.function, .eax = e.eax, .ebx = e.ebx, .ecx = e.ecx, .edx = e.edx});
   return call.vcpu->set_cpuid2(entries2);

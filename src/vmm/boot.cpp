@@ -71,12 +71,12 @@ bool is_failure(const Outcome& outcome) {
 using Deadline = std::optional<std::chrono::steady_clock::time_point>;
 
 /// One life of the machine, from power-on or reset to the next reset or the end.
-Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options, Deadline deadline, bool announce) {
+Outcome run(const std::shared_ptr<KvmDevice>& device, const BootOptions& options, Deadline deadline, bool announce) {
   const std::string engine = device->name();
   OutcomeBox outcome;
   EventLoop loop;
   EndSignals signals(loop, outcome);
-  const Kvm kvm(std::move(device));
+  const Kvm kvm(device);
 
   // The console before the machine: its handler for fatal signals has to be below the one of a software KVM.
   Console console(loop, [&] { outcome.set({Outcome::Kind::left, {}}); });
@@ -102,7 +102,7 @@ Outcome run(std::shared_ptr<KvmDevice> device, const BootOptions& options, Deadl
 
 }  // namespace
 
-int boot(std::shared_ptr<KvmDevice> device, const BootOptions& options) try {
+int boot(const std::shared_ptr<KvmDevice>& device, const BootOptions& options) try {
   Deadline deadline;
   if (options.timeout) deadline = std::chrono::steady_clock::now() + *options.timeout;
   Outcome outcome = run(device, options, deadline, !options.quiet);

@@ -127,7 +127,7 @@ std::string VcpuThread::instruction_bytes(u64 rip) const {
   return hex(memory_.at(translation.physical_address, count));
 }
 
-void VcpuThread::report(Outcome::Kind kind, std::string what, std::span<const u8> instruction) {
+void VcpuThread::report(Outcome::Kind kind, const std::string& what, std::span<const u8> instruction) {
   std::string where;
   try {
     const u64 rip = vcpu_.regs().rip;

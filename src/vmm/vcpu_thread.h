@@ -26,7 +26,7 @@ class VcpuThread {
  private:
   void run();
   bool handle(const Exit& exit);
-  void report(Outcome::Kind kind, std::string what, std::span<const u8> instruction = {});
+  void report(Outcome::Kind kind, const std::string& what, std::span<const u8> instruction = {});
   std::string instruction_bytes(u64 rip) const;
 
   Vcpu vcpu_;

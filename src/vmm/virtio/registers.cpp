@@ -107,7 +107,7 @@ void VirtioRegisters::enable_queue(Queue& queue) {
   if (queue.layout.size > selected_queue_limit()) return fail("queue size is larger than the device's");
   auto made = VirtQueue::make(memory_, queue.layout, driver_features_);
   if (!made) return fail(made.error());
-  queue.ready.emplace(std::move(*made));
+  queue.ready.emplace(*made);
 }
 
 void VirtioRegisters::reset() {
