@@ -28,3 +28,20 @@ struct kvm_userspace_memory_region2 {
 #ifndef KVM_X86_QUIRK_SLOT_ZAP_ALL
 #define KVM_X86_QUIRK_SLOT_ZAP_ALL (1 << 7)
 #endif
+#ifndef KVM_CAP_MEMORY_FAULT_INFO
+#define KVM_CAP_MEMORY_FAULT_INFO 232
+#define KVM_EXIT_MEMORY_FAULT 39
+#endif
+#ifndef KVM_PRE_FAULT_MEMORY
+#define KVM_CAP_PRE_FAULT_MEMORY 236
+struct kvm_pre_fault_memory {
+  __u64 gpa;
+  __u64 size;
+  __u64 flags;
+  __u64 padding[5];
+};
+#define KVM_PRE_FAULT_MEMORY _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)
+#endif
+#ifndef KVM_CAP_X86_GUEST_MODE
+#define KVM_CAP_X86_GUEST_MODE 238
+#endif

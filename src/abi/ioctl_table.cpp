@@ -121,6 +121,7 @@ constexpr auto table = sorted(std::to_array<Ioctl>({
     written<kvm_cpuid>(vcpu, NAMED(KVM_SET_CPUID), in, basic, set_cpuid),
     written<kvm_cpuid2>(vcpu, NAMED(KVM_SET_CPUID2), in, "KVM_CAP_EXT_CPUID", set_cpuid2),
     written<kvm_cpuid2>(vcpu, NAMED(KVM_GET_CPUID2), in_out, "KVM_CAP_EXT_CPUID", get_cpuid2),
+    written<kvm_pre_fault_memory>(vcpu, NAMED(KVM_PRE_FAULT_MEMORY), in_out, "KVM_CAP_PRE_FAULT_MEMORY", pre_fault_memory),
     TYPED(by_pointer, KVM_TRANSLATE, &Vcpu::translate, basic),
     TYPED(by_pointer, KVM_INTERRUPT, &Vcpu::interrupt, basic),
     TYPED(plain, KVM_NMI, &Vcpu::nmi, "KVM_CAP_USER_NMI"),

@@ -38,6 +38,7 @@ long get_msrs(const Call& call);
 long set_msrs(const Call& call);
 long set_lapic(const Call& call);
 long set_vapic_addr(const Call& call);
+long pre_fault_memory(const Call& call);
 long set_signal_mask(const Call& call);
 long get_xsave(const Call& call);
 long set_xsave(const Call& call);

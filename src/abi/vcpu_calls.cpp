@@ -75,6 +75,14 @@ long set_vapic_addr(const Call& call) {
   return os::get_user(address, call.arg) ? call.vcpu->set_vapic_addr(address.vapic_addr) : -EFAULT;
 }
 
+/// What is left to do is told even when it fails.
+long pre_fault_memory(const Call& call) {
+  kvm_pre_fault_memory range;
+  if (!os::get_user(range, call.arg)) return -EFAULT;
+  const int result = call.vm->pre_fault_memory(range);
+  return os::put_user(call.arg, range) ? result : -EFAULT;
+}
+
 long set_signal_mask(const Call& call) {
   if (!call.arg) return call.vcpu->set_signal_mask(nullptr);
   kvm_signal_mask header;

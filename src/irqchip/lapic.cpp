@@ -50,6 +50,7 @@ void LocalApic::reset_registers() {
   tsc_deadline_ = 0;
   pv_eoi_offered_ = false;  // the word in guest memory stays as it is: there is no interrupt to end
   set_features(features_);  // the version register
+  set(Register::lvt_cmci, features_.cmci ? lvt_masked : 0);
   for (unsigned i = 0; i < 6; ++i) set(Register::lvt_timer, lvt_masked, i);
   if (is_bsp_ && bus_.has_lint0_quirk()) set(Register::lvt_lint0, lint0_ext_int);
   set(Register::dfr, ~0u);
@@ -66,8 +67,9 @@ void LocalApic::reset_registers() {
 }
 
 void LocalApic::set_features(const ApicFeatures& features) {
+  if (features.cmci != features_.cmci) set(Register::lvt_cmci, features.cmci ? lvt_masked : 0);
   features_ = features;
-  set(Register::version, 0x50014 | (features.directed_eoi ? 1 << 24 : 0));
+  set(Register::version, (features.cmci ? 0x60014 : 0x50014) | (features.directed_eoi ? 1 << 24 : 0));
 }
 
 // --- modes -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // The local APIC of one vCPU: xAPIC page and x2APIC MSRs, interrupt priorities, IPIs, LVTs and the timer.
 // Reference: SDM volume 3, chapter 11 "Advanced Programmable Interrupt Controller"; api.rst 4.57 KVM_GET_LAPIC.
-// What follows KVM rather than the manual: the version register (0x50014: six LVTs), a bus clock of 1 GHz for the
+// What follows KVM rather than the manual: the version register (six or seven LVTs), a bus clock of 1 GHz for the
 // timer, LINT0 of the boot CPU in ExtINT mode after reset, vector hashing for lowest-priority delivery.
 //
 // Who may call what:
@@ -57,11 +57,12 @@ class PvEoi {
   ~PvEoi() = default;
 };
 
-/// What of the guest's CPUID the APIC depends on.
+/// What of the guest's CPUID and MCG_CAP the APIC depends on.
 struct ApicFeatures {
   bool x2apic = false;
   bool tsc_deadline = false;
   bool directed_eoi = false;  ///< SVR's EOI-broadcast suppression; KVM offers it only without an in-kernel I/O APIC
+  bool cmci = false;          ///< a seventh LVT entry, for corrected machine checks
   u8 physical_address_bits = 36;
 };
 
@@ -123,6 +124,11 @@ class LocalApic {
   /// An interrupt addressed to this APIC, whatever its destination says; whether it was taken. Any thread.
   bool accept(const InterruptMessage& message);
 
+  /// A corrected machine check was recorded in a bank that signals it.
+  void deliver_cmci() {
+    if (features_.cmci) deliver_lvt(Register::lvt_cmci);
+  }
+
   // --- state ---------------------------------------------------------------------------------------------------------
   void get_state(kvm_lapic_state& state);
   /// -EINVAL (x2APIC format in use, and the ID is not this APIC's). The timer goes on where the state says.
@@ -156,6 +162,7 @@ class LocalApic {
     esr = 0x280,
     icr = 0x300,
     icr_high = 0x310,
+    lvt_cmci = 0x2f0,
     lvt_timer = 0x320,
     lvt_thermal = 0x330,
     lvt_performance = 0x340,

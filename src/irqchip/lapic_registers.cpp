@@ -40,6 +40,7 @@ bool LocalApic::read_register(u32 offset, u32& value) {
     case Register::lvt_error:
     case Register::initial_count:
     case Register::divide: value = get(r); return true;
+    case Register::lvt_cmci: value = get(r); return features_.cmci;
     case Register::current_count: value = current_count(); return true;
     case Register::apr:
     case Register::dfr:
@@ -92,6 +93,10 @@ bool LocalApic::write_register(u32 offset, u32 value) {
     case Register::lvt_lint0:
     case Register::lvt_lint1:
     case Register::lvt_error: write_lvt(r, value); return true;
+    case Register::lvt_cmci:
+      if (!features_.cmci) return false;
+      write_lvt(r, value);
+      return true;
     case Register::initial_count:
       if (timer_mode() != TimerMode::tsc_deadline) start_count(value, value);
       return true;
@@ -107,6 +112,7 @@ bool LocalApic::write_register(u32 offset, u32 value) {
 void LocalApic::write_svr(u32 value) {
   set(Register::svr, value & (0x3ff | (features_.directed_eoi ? 1 << 12 : 0)));
   if (software_enabled()) return;
+  if (features_.cmci) set(Register::lvt_cmci, get(Register::lvt_cmci) | lvt_masked);
   for (unsigned i = 0; i < 6; ++i) set(Register::lvt_timer, get(Register::lvt_timer, i) | lvt_masked, i);
   client_.wake();  // the PIC may have lost its way in through LINT0
 }
@@ -116,6 +122,7 @@ void LocalApic::write_lvt(Register r, u32 value) {
   u32 writable = lvt_masked | 0xff;
   switch (r) {
     case Register::lvt_timer: writable |= features_.tsc_deadline ? 3 << 17 : 1 << 17; break;
+    case Register::lvt_cmci:
     case Register::lvt_thermal:
     case Register::lvt_performance: writable |= lvt_mode; break;
     case Register::lvt_lint0:

@@ -9,10 +9,11 @@
 
 namespace anykvm::paravirt {
 
-inline constexpr u32 offered_features = 1u << KVM_FEATURE_CLOCKSOURCE | 1u << KVM_FEATURE_NOP_IO_DELAY |
-                                        1u << KVM_FEATURE_CLOCKSOURCE2 | 1u << KVM_FEATURE_STEAL_TIME |
-                                        1u << KVM_FEATURE_PV_EOI | 1u << KVM_FEATURE_PV_UNHALT |
-                                        1u << KVM_FEATURE_PV_TLB_FLUSH | 1u << KVM_FEATURE_PV_SEND_IPI |
-                                        1u << KVM_FEATURE_POLL_CONTROL | 1u << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT;
+inline constexpr u32 offered_features =
+    1u << KVM_FEATURE_CLOCKSOURCE | 1u << KVM_FEATURE_NOP_IO_DELAY | 1u << KVM_FEATURE_CLOCKSOURCE2 |
+    1u << KVM_FEATURE_STEAL_TIME | 1u << KVM_FEATURE_ASYNC_PF | 1u << KVM_FEATURE_ASYNC_PF_VMEXIT |
+    1u << KVM_FEATURE_ASYNC_PF_INT | 1u << KVM_FEATURE_PV_EOI | 1u << KVM_FEATURE_PV_UNHALT |
+    1u << KVM_FEATURE_PV_TLB_FLUSH | 1u << KVM_FEATURE_PV_SEND_IPI | 1u << KVM_FEATURE_POLL_CONTROL |
+    1u << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT;
 
 }  // namespace anykvm::paravirt

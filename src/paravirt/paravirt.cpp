@@ -49,7 +49,7 @@ Paravirt::Paravirt(x86::Cpu& cpu, VmClock& clock, u32 tsc_khz) : cpu_(cpu), cloc
 Paravirt::~Paravirt() { clock_.remove_vcpu(tsc_); }
 
 void Paravirt::reset() {
-  system_time_ = steal_time_ = pv_eoi_ = 0;
+  system_time_ = steal_time_ = pv_eoi_ = async_pf_ = async_pf_int_ = 0;
   poll_control_ = 1;
   clock_pending_ = wall_clock_pending_ = guest_stopped_ = preempted_shown_ = false;
   if (apic_) apic_->set_pv_eoi(nullptr);
@@ -93,6 +93,9 @@ MsrResult Paravirt::read_msr(u32 index, u64& value, x86::Initiator) {
     case MSR_KVM_WALL_CLOCK: return when(KVM_FEATURE_CLOCKSOURCE, clock_.wall_clock_msr);
     case MSR_KVM_WALL_CLOCK_NEW: return when(KVM_FEATURE_CLOCKSOURCE2, clock_.wall_clock_msr);
     case MSR_KVM_STEAL_TIME: return when(KVM_FEATURE_STEAL_TIME, steal_time_);
+    case MSR_KVM_ASYNC_PF_EN: return when(KVM_FEATURE_ASYNC_PF, async_pf_);
+    case MSR_KVM_ASYNC_PF_INT: return when(KVM_FEATURE_ASYNC_PF_INT, async_pf_int_);
+    case MSR_KVM_ASYNC_PF_ACK: return when(KVM_FEATURE_ASYNC_PF_INT, 0);
     case MSR_KVM_PV_EOI_EN: return when(KVM_FEATURE_PV_EOI, pv_eoi_);
     case MSR_KVM_POLL_CONTROL: return when(KVM_FEATURE_POLL_CONTROL, poll_control_);
   }
@@ -134,6 +137,18 @@ MsrResult Paravirt::write_msr(u32 index, u64 value, x86::Initiator initiator) {
       preempted_shown_ = true;  // the field is cleared at the next entry
       return MsrResult::ok;
 
+    case MSR_KVM_ASYNC_PF_EN:
+      if (!has(KVM_FEATURE_ASYNC_PF)) break;
+      return write_async_pf(value);
+    case MSR_KVM_ASYNC_PF_INT:
+      if (!has(KVM_FEATURE_ASYNC_PF_INT)) break;
+      if (value >> 8 || !apic_) return MsrResult::gp;
+      async_pf_int_ = value;
+      return MsrResult::ok;
+    case MSR_KVM_ASYNC_PF_ACK:
+      if (!has(KVM_FEATURE_ASYNC_PF_INT)) break;
+      return MsrResult::ok;
+
     case MSR_KVM_PV_EOI_EN: {
       if (!has(KVM_FEATURE_PV_EOI)) break;
       const Gpa flag = value & ~u64(KVM_MSR_ENABLED);
@@ -152,6 +167,17 @@ MsrResult Paravirt::write_msr(u32 index, u64 value, x86::Initiator initiator) {
       return MsrResult::ok;
   }
   return MsrResult::not_mine;
+}
+
+MsrResult Paravirt::write_async_pf(u64 value) {
+  constexpr u64 reserved = 3 << 4, delivers_by_interrupt = KVM_ASYNC_PF_ENABLED | KVM_ASYNC_PF_DELIVERY_AS_INT;
+  if (value & reserved) return MsrResult::gp;
+  if (value & KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT && !has(KVM_FEATURE_ASYNC_PF_VMEXIT)) return MsrResult::gp;
+  if (value & KVM_ASYNC_PF_DELIVERY_AS_INT && !has(KVM_FEATURE_ASYNC_PF_INT)) return MsrResult::gp;
+  if (!apic_) return value ? MsrResult::gp : MsrResult::ok;
+  async_pf_ = value;
+  const bool enabled = (value & delivers_by_interrupt) == delivers_by_interrupt;
+  return enabled && !guest_memory(value & ~u64{63}, 8) ? MsrResult::gp : MsrResult::ok;
 }
 
 // --- entry and leave ------------------------------------------------------------------------------------------------

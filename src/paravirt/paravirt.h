@@ -81,6 +81,7 @@ class Paravirt final : private irqchip::PvEoi {
   bool write_guest(Gpa gpa, const void* data, unsigned size);
   void update_clock_page();
   void write_wall_clock();
+  x86::Machine::MsrResult write_async_pf(u64 value);
   void enter_steal_time();
   u64 stolen_since_last_sample();
   void set_tsc(u64 value, bool by_client);
@@ -96,6 +97,7 @@ class Paravirt final : private irqchip::PvEoi {
   TscScale tsc_scale_;  ///< of the guest's TSC
   VmClock::VcpuTsc tsc_;
   u64 system_time_ = 0, steal_time_ = 0, pv_eoi_ = 0, poll_control_ = 1;
+  u64 async_pf_ = 0, async_pf_int_ = 0;  ///< kept for the guest: its memory is never long in coming
   u32 clock_generation_ = 0;
   bool clock_pending_ = false, wall_clock_pending_ = false, guest_stopped_ = false, enforce_features_ = false;
   bool preempted_shown_ = false;

@@ -19,7 +19,11 @@ constexpr u64 apic_base_bits =
 x86::HostPage Vcpu::page(Gpa gpa, bool for_write) { return vm_->memory().page(gpa, for_write, slot_hint_); }
 
 /// In a signal handler: whether the guest's memory is at fault for what happened here.
-bool Vcpu::accepts_fault(const void* address) const { return vm_->memory().contains_host(address); }
+bool Vcpu::accepts_fault(const void* address) {
+  const std::optional<Gpa> gpa = vm_->memory().gpa_of_host(address);
+  if (gpa) refused_gpa_ = *gpa;
+  return gpa.has_value();
+}
 
 bool Vcpu::mmio_read(Gpa gpa, void* data, unsigned length) {
   if (apic_ && apic_->covers(gpa)) {

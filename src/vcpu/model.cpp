@@ -87,14 +87,16 @@ int Vcpu::set_msrs(std::span<const kvm_msr_entry> entries) {
 
 int Vcpu::x86_setup_mce(const u64& capabilities) {
   std::lock_guard lock(mutex_);
-  return x86::setup_mce(cpu_, capabilities);
+  const int result = x86::setup_mce(cpu_, capabilities);
+  update_apic_features();
+  return result;
 }
 
 /// Records an error in its bank, and raises #MC for an uncorrected one. SDM volume 3, 16.3.2 and 16.6.
 int Vcpu::x86_set_mce(const kvm_x86_mce& error) {
   constexpr u64 valid = 1ull << 63, overflow = 1ull << 62, uncorrected = 1ull << 61, context_corrupt = 1ull << 57,
                 signaled = 1ull << 56, action_required = 1ull << 55;
-  constexpr u64 cap_ctl = 1 << 8, in_progress = 1 << 2;
+  constexpr u64 cap_ctl = 1 << 8, in_progress = 1 << 2, cmci_enable = 1 << 30;
   std::lock_guard lock(mutex_);
   x86::MsrState& msr = cpu_.state.msr;
   if (error.bank >= (msr.mcg_cap & 0xff) || !(error.status & valid)) return -EINVAL;
@@ -107,9 +109,10 @@ int Vcpu::x86_set_mce(const kvm_x86_mce& error) {
   };
   if (error.status & uncorrected && error.mcg_status == 0 &&
       !(error.status & (context_corrupt | signaled | action_required))) {
-    // No action required: only recorded. The CMCI that would announce it is not offered by MCG_CAP.
+    // No action required: recorded, and announced by a CMCI where the guest wants one for this bank.
     record(error.status);
     msr.mcg_status = 0;
+    if (apic_ && msr.mcg_cap & x86::mce_cap_cmci && msr.mci_ctl2[error.bank] & cmci_enable) apic_->deliver_cmci();
     return 0;
   }
   const u64 lost = status & valid ? overflow : 0;
@@ -135,8 +138,14 @@ int Vcpu::x86_set_mce(const kvm_x86_mce& error) {
 
 // --- CPUID --------------------------------------------------------------------------------------------------------
 
+void Vcpu::update_cpuid_quirk() {
+  cpu_.cpuid.set_mwait_follows_misc_enable(cpu_.disabled_quirks.load(std::memory_order_relaxed) &
+                                           KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT);
+}
+
 int Vcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
   std::lock_guard lock(mutex_);
+  update_cpuid_quirk();
   const bool apic_enabled = apic_base() & irqchip::LocalApic::base_enable;
   // A guest that has run must not see its CPU change; setting the same again is what CPU hot-plug does.
   if (has_run_) return cpu_.cpuid.equals(cpu_.state, apic_enabled, entries) ? 0 : -EINVAL;
@@ -147,18 +156,25 @@ int Vcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
   return 0;
 }
 
+void Vcpu::update_apic_features() {
+  if (!apic_) return;
+  const x86::Cpuid& cpuid = cpu_.cpuid;
+  apic_->set_features({.x2apic = cpuid.has(x86::Feature::x2apic),
+                       .tsc_deadline = cpuid.has(x86::Feature::tsc_deadline),
+                       .directed_eoi = cpuid.has(x86::Feature::x2apic) && !vm_->chips(),
+                       .cmci = (cpu_.state.msr.mcg_cap & x86::mce_cap_cmci) != 0,
+                       .physical_address_bits = static_cast<u8>(cpuid.physical_bits())});
+}
+
 void Vcpu::cpuid_set() {
-  if (apic_)
-    apic_->set_features({.x2apic = cpu_.cpuid.has(x86::Feature::x2apic),
-                         .tsc_deadline = cpu_.cpuid.has(x86::Feature::tsc_deadline),
-                         .directed_eoi = cpu_.cpuid.has(x86::Feature::x2apic) && !vm_->chips(),
-                         .physical_address_bits = static_cast<u8>(cpu_.cpuid.physical_bits())});
+  update_apic_features();
   cpu_.mmu.flush_all();
   cpu_.update_mode();
 }
 
 int Vcpu::get_cpuid2(std::span<kvm_cpuid_entry2> entries, u32& count) {
   std::lock_guard lock(mutex_);
+  update_cpuid_quirk();
   const size_t size = cpu_.cpuid.entries().size();
   count = static_cast<u32>(size);
   if (entries.size() < size) return -E2BIG;

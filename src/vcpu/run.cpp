@@ -77,6 +77,7 @@ int Vcpu::run_locked() {
   }
 
   has_run_ = true;
+  update_cpuid_quirk();
   enter_guest_mode();
   int result = complete_exit();
   if (result == go_on) {
@@ -153,6 +154,10 @@ int Vcpu::enter_guest() {
 int Vcpu::run_refused() {
   engine_->abandon();
   cpu_.mmio.reset();
+  // struct kvm_run's memory_fault, which the build's header may not have: flags, gpa, size.
+  const u64 memory_fault[] = {0, refused_gpa_ & page_mask, page_size};
+  std::memcpy(run_->padding, memory_fault, sizeof memory_fault);
+  run_->exit_reason = KVM_EXIT_MEMORY_FAULT;
   return -EFAULT;
 }
 
@@ -243,8 +248,20 @@ int Vcpu::exit_pio() {
   run_->io.count = exit.count;
   run_->io.data_offset = page_size;
   pending_ = exit.is_in ? Pending::pio_in : Pending::none;
+  const bool is_plain_out = exit.next_rip != exit.rip;
+  if (is_plain_out && cpu_.state.rip == exit.next_rip && !skips_out_at_once()) {
+    // OUT stays the current instruction until the client is back.
+    pending_ = Pending::pio_out;
+    next_rip_ = std::exchange(cpu_.state.rip, exit.rip);
+  }
   pending_rip_ = cpu_.state.rip;
   return exit_to_client(KVM_EXIT_IO);
+}
+
+/// KVM_X86_QUIRK_OUT_7E_INC_RIP: old clients take the state at a certain firmware's OUT to port 0x7e as final.
+bool Vcpu::skips_out_at_once() const {
+  return cpu_.exit.port == 0x7e &&
+         !(cpu_.disabled_quirks.load(std::memory_order_relaxed) & KVM_X86_QUIRK_OUT_7E_INC_RIP);
 }
 
 int Vcpu::exit_halt() {
@@ -313,6 +330,9 @@ int Vcpu::complete_exit() {
   const bool moved = cpu_.state.rip != pending_rip_;  // the client has set RIP: the instruction is not to be finished
   switch (pending) {
     case Pending::none: return go_on;
+    case Pending::pio_out:
+      if (!moved) cpu_.state.rip = next_rip_;
+      return go_on;
     case Pending::pio_in:
       if (moved) return go_on;
       cpu_.pio_reply = cpu_.pio_data;

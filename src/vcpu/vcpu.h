@@ -128,7 +128,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
 
  private:
   /// What the client's answer in kvm_run belongs to.
-  enum class Pending : u8 { none, pio_in, mmio_read, mmio_write, hypercall, msr };
+  enum class Pending : u8 { none, pio_in, pio_out, mmio_read, mmio_write, hypercall, msr };
   /// Requests that INIT and start-up IPIs make.
   static constexpr u32 init_request = 1, sipi_request = 2;
   /// run_loop() and what it calls: go on in the guest, or return from KVM_RUN with 0 or -errno.
@@ -146,6 +146,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int exit_to_client(u32 reason);
   int next_mmio_write();
   int exit_pio();
+  bool skips_out_at_once() const;
   int exit_halt();
   int exit_irq_window();
   int exit_debug();
@@ -167,7 +168,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
         [](void* arg) { static_cast<Call*>(arg)->f(); }, &call, os::HostFaults::all,
         [](void* arg, const void* address) { return static_cast<Call*>(arg)->vcpu.accepts_fault(address); });
   }
-  bool accepts_fault(const void* address) const;
+  bool accepts_fault(const void* address);
 
   // events.cpp
   bool accept_init_sipi();
@@ -216,6 +217,8 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int set_apic_base(u64 value);
   u64 apic_base() const { return apic_ ? apic_->base() : apic_base_; }
   void cpuid_set();
+  void update_apic_features();
+  void update_cpuid_quirk();
   void tsc_moved();
   bool host_get_msr(u32 index, u64& value);
   bool host_set_msr(u32 index, u64 value);
@@ -238,6 +241,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   // Under mutex_.
   Pending pending_ = Pending::none;
   u64 pending_rip_ = 0;  ///< the client's answer is dropped when it has set another RIP
+  u64 next_rip_ = 0;     ///< Pending::pio_out: behind the instruction
   u32 mp_state_;
   u64 apic_base_ = 0;       ///< without a local APIC
   u64 cr8_ = 0;             ///< without a local APIC
@@ -249,6 +253,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   u32 msr_reason_ = 0;         ///< KVM_MSR_EXIT_REASON_* of the exit
   Gpa vapic_ = 0;              ///< KVM_SET_VAPIC_ADDR; 0: none
   bool has_run_ = false;
+  Gpa refused_gpa_ = 0;                      ///< where the host last refused an access to guest memory
   bool check_state_ = true;                  ///< the client has set registers since the last entry
   bool tpr_lowered_ = false;                 ///< without a local APIC: KVM_EXIT_SET_TPR is due
   u32 slot_hint_ = 0;                        ///< MemorySlots::page's last hit

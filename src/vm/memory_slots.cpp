@@ -169,10 +169,34 @@ bool MemorySlots::has_page(Gpa gpa) {
   return page(gpa, false, hint).host != nullptr;
 }
 
-bool MemorySlots::contains_host(const void* address) const {
-  return current_.load(std::memory_order_acquire)->any_of([address](const MemorySlot& slot) {
-    return static_cast<u64>(static_cast<const u8*>(address) - slot.host) < slot.pages * page_size;
+std::optional<Gpa> MemorySlots::gpa_of_host(const void* address) const {
+  std::optional<Gpa> gpa;
+  current_.load(std::memory_order_acquire)->any_of([&](const MemorySlot& slot) {
+    const u64 offset = static_cast<u64>(static_cast<const u8*>(address) - slot.host);
+    if (offset < slot.pages * page_size) gpa = slot.base_gfn * page_size + offset;
+    return gpa.has_value();
   });
+  return gpa;
+}
+
+int MemorySlots::pre_fault(kvm_pre_fault_memory& range) {
+  if (range.flags || (range.gpa | range.size) & ~page_mask || range.gpa + range.size <= range.gpa) return -EINVAL;
+  const u64 size = range.size;
+  int error = 0;
+  u32 hint = 0;
+  for (; range.size != 0; range.gpa += page_size, range.size -= page_size) {
+    const u8* host = nullptr;
+    {
+      // Not while the page comes: that may need another thread of the client's.
+      std::lock_guard lock(mutex_);
+      if (const MemorySlot* slot = current_.load(std::memory_order_relaxed)->find(range.gpa / page_size, hint))
+        host = slot->host + (range.gpa - slot->base_gfn * page_size);
+    }
+    u8 byte;
+    error = !host ? -ENOENT : !os::copy_from_user(&byte, host, 1) ? -EFAULT : 0;
+    if (error) break;
+  }
+  return range.size != size ? 0 : error;
 }
 
 }  // namespace anykvm::vm

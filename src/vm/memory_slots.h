@@ -14,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 
 #include "anykvm/kvm.h"
@@ -37,6 +38,8 @@ class MemorySlots {
   /// Copies the slot's dirty bitmap to the client, and clears it unless that is left to clear_dirty_log().
   int get_dirty_log(const kvm_dirty_log& log);
   int clear_dirty_log(const kvm_clear_dirty_log& log);
+  /// Has the host map what the guest would read. range becomes what is left; 0 as soon as a page was done.
+  int pre_fault(kvm_pre_fault_memory& range);
   /// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_DIRTY_LOG_INITIALLY_SET.
   void set_manual_dirty_log(u32 options);
 
@@ -45,8 +48,9 @@ class MemorySlots {
   x86::HostPage page(Gpa gpa, bool for_write, u32& hint) const;
   /// Whether gpa is RAM, now. Any thread.
   bool has_page(Gpa gpa);
-  /// Whether a host address lies in some slot's memory. Async-signal-safe; same condition.
-  bool contains_host(const void* address) const;
+  /// The guest's address of a host address (the first, where slots share memory); none: not a slot's.
+  /// Async-signal-safe; same condition.
+  std::optional<Gpa> gpa_of_host(const void* address) const;
 
  private:
   void publish(std::unique_ptr<SlotMap> next);

@@ -44,11 +44,11 @@ class Vm : public std::enable_shared_from_this<Vm> {
  public:
   /// KVM_MAX_VCPUS and KVM_MAX_VCPU_IDS of a kernel.
   static constexpr u32 max_vcpus = 1024, max_vcpu_ids = 4096;
-  /// KVM_X86_QUIRK_* that can be turned off: those whose other side is here, and two about caches of the kernel's that
-  /// nothing here has.
+  /// KVM_X86_QUIRK_* that can be turned off. Two are about caches of the kernel's that nothing here has.
   static constexpr u64 quirks = KVM_X86_QUIRK_LINT0_REENABLED | KVM_X86_QUIRK_LAPIC_MMIO_HOLE |
                                 KVM_X86_QUIRK_FIX_HYPERCALL_INSN | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS |
-                                KVM_X86_QUIRK_CD_NW_CLEARED | KVM_X86_QUIRK_SLOT_ZAP_ALL;
+                                KVM_X86_QUIRK_CD_NW_CLEARED | KVM_X86_QUIRK_SLOT_ZAP_ALL |
+                                KVM_X86_QUIRK_OUT_7E_INC_RIP | KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 
   /// KVM_CREATE_VM. type must be 0 (KVM_X86_DEFAULT_VM): EINVAL.
   static int create(unsigned long type, std::shared_ptr<Vm>& out);
@@ -61,6 +61,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   int set_user_memory_region2(const kvm_userspace_memory_region2& region);
   int get_dirty_log(const kvm_dirty_log& log);  ///< EFAULT when the bitmap cannot be written
   int clear_dirty_log(const kvm_clear_dirty_log& log);
+  /// A vCPU's ioctl, but what it brings in is all vCPUs'. range becomes what is left; 0 as soon as a page was done.
+  int pre_fault_memory(kvm_pre_fault_memory& range) { return memory_.pre_fault(range); }
   int set_nr_mmu_pages(u64 pages);
   int set_tss_addr(u64 address);
   int set_identity_map_addr(u64 address);

@@ -89,11 +89,16 @@ int Cpuid::set(std::span<const kvm_cpuid_entry2> entries) {
   return 0;
 }
 
+bool Cpuid::has_mwait(const CpuState& state) const {
+  return mwait_follows_misc_enable_ ? state.msr.misc_enable & misc_enable_mwait : has(Feature::mwait);
+}
+
 void Cpuid::apply_runtime(kvm_cpuid_entry2& e, const CpuState& state, bool apic_enabled) const {
   switch (e.function) {
     case 1:
       set_bit(e.ecx, Feature::osxsave, state.cr4 & cr4::osxsave);
       set_bit(e.edx, Feature::apic, apic_enabled);
+      if (mwait_follows_misc_enable_) set_bit(e.ecx, Feature::mwait, has_mwait(state));
       break;
     case 7:
       if (e.index == 0 && supports(Feature::pku)) set_bit(e.ecx, Feature::ospke, state.cr4 & cr4::pke);

@@ -32,6 +32,9 @@ class Cpuid {
   int set(std::span<const kvm_cpuid_entry2> entries);
   /// Features of KVM's own leaf that no set() gives to the guest from now on.
   void withhold_kvm_features(u32 features) { withheld_kvm_features_ = features; }
+  /// KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT turned off: leaf 1's MWAIT bit is that of IA32_MISC_ENABLE, not the client's.
+  void set_mwait_follows_misc_enable(bool on) { mwait_follows_misc_enable_ = on; }
+  bool has_mwait(const CpuState& state) const;
   bool is_set() const { return !entries_.empty(); }
   /// The entries as they were set. KVM_GET_CPUID2 shows them with the runtime bits: get().
   std::span<const kvm_cpuid_entry2> entries() const { return entries_; }
@@ -70,6 +73,7 @@ class Cpuid {
   u8 physical_bits_ = 36;
   u32 kvm_base_ = 0, withheld_kvm_features_ = 0;
   u64 allowed_xcr0_ = 0;
+  bool mwait_follows_misc_enable_ = false;
 };
 
 }  // namespace anykvm::x86

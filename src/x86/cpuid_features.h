@@ -32,6 +32,7 @@ enum class Feature : u16 {
   // leaf 1 ECX
   sse3 = detail::bit(CpuidWord::leaf1_ecx, 0),
   pclmulqdq = detail::bit(CpuidWord::leaf1_ecx, 1),
+  mwait = detail::bit(CpuidWord::leaf1_ecx, 3),
   ssse3 = detail::bit(CpuidWord::leaf1_ecx, 9),
   fma = detail::bit(CpuidWord::leaf1_ecx, 12),
   cx16 = detail::bit(CpuidWord::leaf1_ecx, 13),

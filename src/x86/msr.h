@@ -29,10 +29,10 @@ std::span<const u32> msr_index_list();
 std::span<const u32> msr_feature_index_list();
 bool get_feature_msr(u32 index, u64& value);
 
-/// KVM_CHECK_EXTENSION(KVM_CAP_MCE), KVM_X86_GET_MCE_CAP_SUPPORTED (MCG_CTL_P, MCG_SER_P), KVM_X86_SETUP_MCE (-EINVAL:
-/// no such capability, or no banks).
+/// KVM_CHECK_EXTENSION(KVM_CAP_MCE), KVM_X86_GET_MCE_CAP_SUPPORTED (MCG_CTL_P, MCG_CMCI_P, MCG_SER_P),
+/// KVM_X86_SETUP_MCE (-EINVAL: no such capability, or no banks).
 inline constexpr unsigned mc_banks = 32;
-inline constexpr u64 mce_cap_supported = 1ull << 8 | 1ull << 24;
+inline constexpr u64 mce_cap_cmci = 1 << 10, mce_cap_supported = 1ull << 8 | mce_cap_cmci | 1ull << 24;
 int setup_mce(Cpu& cpu, u64 mcg_cap);
 
 /// The values of a new vCPU's MSRs that are not 0; Cpu::reset calls it.

@@ -205,6 +205,9 @@ MsrAccess set_model_msr(Cpu& cpu, u32 index, u64 value, Initiator initiator) {
         if ((value ^ msr.misc_enable) & misc_enable_no_bts_pebs) return MsrAccess::refused;
         value = (value & ~misc_enable_emon) | (msr.misc_enable & misc_enable_emon);
       }
+      if (cpu.disabled_quirks.load(std::memory_order_relaxed) & KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT &&
+          (value ^ msr.misc_enable) & misc_enable_mwait && !cpuid.has(Feature::sse3))
+        return MsrAccess::refused;
       return store(msr.misc_enable, true);
     case debugctl:
       if (value & ~debugctl_lbr_btf) return MsrAccess::refused;

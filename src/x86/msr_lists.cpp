@@ -39,7 +39,10 @@ constexpr u32 index_list[] = {
     0x4b564d01,  // KVM_SYSTEM_TIME_NEW
     0x4b564d00,  // KVM_WALL_CLOCK_NEW
     0x4b564d03,  // KVM_STEAL_TIME
+    0x4b564d02,  // KVM_ASYNC_PF_EN
     0x4b564d04,  // KVM_PV_EOI_EN
+    0x4b564d06,  // KVM_ASYNC_PF_INT
+    0x4b564d07,  // KVM_ASYNC_PF_ACK
     0x4b564d05,  // KVM_POLL_CONTROL
     0x3b,        // TSC_ADJUST
     0x6e0,       // TSC_DEADLINE

@@ -10,7 +10,7 @@ namespace {
 enum : u32 { p5_addr = 0, p5_type = 1, mcg_cap = 0x179, mcg_status = 0x17a, mcg_ctl = 0x17b };
 constexpr u32 bank_first = 0x400, bank_last = bank_first + 4 * mc_banks - 1;
 constexpr u32 ctl2_first = 0x280, ctl2_last = ctl2_first + mc_banks - 1;
-constexpr u64 cap_ctl = 1 << 8, cap_cmci = 1 << 10;
+constexpr u64 cap_ctl = 1 << 8;
 constexpr u64 ctl2_bits = 1ull << 30 | 0x7fff;     // CMCI enable and threshold
 constexpr u64 hwcr_status_write_enable = 1 << 18;  // AMD
 
@@ -34,7 +34,7 @@ MsrAccess get_machine_check_msr(const Cpu& cpu, u32 index, u64& value, Initiator
   }
   if (index >= ctl2_first && index <= ctl2_last) {
     value = msr.mci_ctl2[index - ctl2_first];
-    return allow_if(index - ctl2_first < banks(cpu) && (host || msr.mcg_cap & cap_cmci));
+    return allow_if(index - ctl2_first < banks(cpu) && (host || msr.mcg_cap & mce_cap_cmci));
   }
   return MsrAccess::unknown;
 }
@@ -63,7 +63,7 @@ MsrAccess set_machine_check_msr(Cpu& cpu, u32 index, u64 value, Initiator initia
   if (index >= ctl2_first && index <= ctl2_last) {
     const unsigned bank = index - ctl2_first;
     return store(msr.mci_ctl2[bank],
-                 bank < banks(cpu) && (msr.mcg_cap & cap_cmci || (host && !value)) && !(value & ~ctl2_bits));
+                 bank < banks(cpu) && (msr.mcg_cap & mce_cap_cmci || (host && !value)) && !(value & ~ctl2_bits));
   }
   return MsrAccess::unknown;
 }
@@ -74,7 +74,10 @@ int setup_mce(Cpu& cpu, u64 cap) {
   MsrState& msr = cpu.state.msr;
   msr.mcg_cap = cap;
   if (cap & cap_ctl) msr.mcg_ctl = ~0ull;
-  for (unsigned bank = 0; bank < count; ++bank) msr.mc_bank[bank * 4] = ~0ull;
+  for (unsigned bank = 0; bank < count; ++bank) {
+    msr.mc_bank[bank * 4] = ~0ull;
+    if (cap & mce_cap_cmci) msr.mci_ctl2[bank] = 0;
+  }
   return 0;
 }
 

@@ -52,7 +52,8 @@ struct Exit {
   bool is_in = false;
   u8 size = 0;  ///< bytes per element: 1, 2, 4
   u16 port = 0;
-  u32 count = 0;  ///< elements
+  u32 count = 0;              ///< elements
+  u64 rip = 0, next_rip = 0;  ///< of an OUT and behind it; 0 for string operations and IN
   // msr_read, msr_write
   u32 msr_index = 0;
   u64 msr_value = 0;

@@ -85,6 +85,8 @@ struct MsrState {
   u64 hwcr = 0, de_cfg = 0, virt_spec_ctrl = 0, osvw_length = 0, osvw_status = 0;  ///< AMD's
 };
 
+inline constexpr u64 misc_enable_mwait = 1 << 18;
+
 /// What is waiting to be delivered or holds delivery back; struct kvm_vcpu_events.
 struct EventState {
   bool exception_pending = false;   ///< raised (also by KVM_SET_VCPU_EVENTS), delivery not yet begun

@@ -96,7 +96,10 @@ constexpr u64 mci_valid = 1ull << 63, mci_overflow = 1ull << 62, mci_uncorrected
 constexpr u32 mcg_status = 0x17a, bank1_status = 0x405, bank1_addr = 0x406;
 
 struct MceMachine : TestMachine {
-  MceMachine() {
+  explicit MceMachine(bool with_irqchip = false) {
+    if (with_irqchip) {
+      EXPECT_EQ(0, vm.call(KVM_CREATE_IRQCHIP));
+    }
     add_vcpu();
     u64 capabilities = 0;
     EXPECT_EQ(0, system.call(KVM_X86_GET_MCE_CAP_SUPPORTED, &capabilities));
@@ -151,6 +154,24 @@ TEST(MachineCheck, AnUncorrectedErrorIsAnException) {
   EXPECT_EQ(0x3000u, get_msr(machine, bank1_addr));
   ASSERT_EQ(0, machine.vcpu.call(KVM_RUN));
   EXPECT_EQ(u32{KVM_EXIT_SHUTDOWN}, machine.run->exit_reason);
+}
+
+TEST(MachineCheck, AnErrorWithoutActionIsACmciWhereTheBankSignalsIt) {
+  constexpr u32 lvt_cmci = 0x2f0, svr = 0xf0, irr_of_vectors_from_e0 = 0x270, bank1_ctl2 = 0x281;
+  MceMachine machine{true};
+  kvm_lapic_state lapic;
+  ASSERT_EQ(0, machine.vcpu.call(KVM_GET_LAPIC, &lapic));
+  lapic.regs[svr + 1] = 1;  // enabled
+  const u32 vector = 0xe2;
+  std::memcpy(lapic.regs + lvt_cmci, &vector, sizeof vector);
+  ASSERT_EQ(0, machine.vcpu.call(KVM_SET_LAPIC, &lapic));
+  for (const u64 enable : {u64{0}, u64{1} << 30}) {
+    set_msr(machine, bank1_ctl2, enable);
+    EXPECT_EQ(0, machine.inject(mci_valid | mci_uncorrected | mci_enabled, 0x5000));
+    EXPECT_EQ(0x5000u, get_msr(machine, bank1_addr));
+    ASSERT_EQ(0, machine.vcpu.call(KVM_GET_LAPIC, &lapic));
+    EXPECT_EQ(enable ? 4 : 0, lapic.regs[irr_of_vectors_from_e0]);
+  }
 }
 
 TEST(MachineCheck, ADisabledBankReportsNothing) {

@@ -119,6 +119,29 @@ TEST_F(LapicTest, TimerModeBitsFollowCpuid) {
   EXPECT_EQ(read(apic, reg::lvt_timer), 0x200ffu);
 }
 
+TEST_F(LapicTest, CorrectedMachineChecksHaveTheirEntryOnlyWhenOffered) {
+  constexpr u32 lvt_cmci = 0x2f0;
+  write(apic, lvt_cmci, 0xe2);
+  apic.deliver_cmci();
+  EXPECT_EQ(apic.pending(), -1);
+  kvm_lapic_state state;
+  apic.get_state(state);
+  EXPECT_EQ(state.regs[lvt_cmci], 0);
+
+  apic.set_features({.cmci = true});
+  EXPECT_EQ(read(apic, reg::version), 0x60014u);
+  EXPECT_EQ(read(apic, lvt_cmci), masked);
+  apic.deliver_cmci();
+  EXPECT_EQ(apic.pending(), -1) << "masked";
+  write(apic, lvt_cmci, 0xffff'ffff & ~masked);
+  EXPECT_EQ(read(apic, lvt_cmci), 0x7ffu);
+  write(apic, lvt_cmci, 0xe2);
+  apic.deliver_cmci();
+  EXPECT_EQ(apic.pending(), 0xe2);
+  write(apic, reg::svr, 0xff);
+  EXPECT_EQ(read(apic, lvt_cmci), 0xe2 | masked);
+}
+
 TEST_F(LapicTest, SoftwareDisableMasksLvtsAndRefusesInterrupts) {
   write(apic, reg::lvt_lint1, 0x400);
   write(apic, reg::svr, 0xff);

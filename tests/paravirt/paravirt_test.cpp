@@ -315,6 +315,31 @@ TEST_F(Pv, PvEoiNeedsAlignedRam) {
   EXPECT_EQ(value, 0x5005u);
 }
 
+TEST_F(Pv, AsyncPageFaultsAreTakenAtTheirWord) {
+  const auto write = [&](u32 index, u64 value) { return v.pv.write_msr(index, value, Initiator::guest); };
+  EXPECT_EQ(write(MSR_KVM_ASYNC_PF_EN, 0), MsrResult::ok);
+  EXPECT_EQ(write(MSR_KVM_ASYNC_PF_EN, 0x5001), MsrResult::gp) << "without a local APIC";
+  EXPECT_EQ(write(MSR_KVM_ASYNC_PF_INT, 0xf3), MsrResult::gp);
+  os::TimerQueue timers;
+  irqchip::ApicBus bus;
+  irqchip::LocalApic apic{0, v, bus, timers, true};
+  v.pv.set_local_apic(apic, bus);
+  EXPECT_EQ(write(MSR_KVM_ASYNC_PF_EN, 0x5011), MsrResult::gp);
+  EXPECT_EQ(write(MSR_KVM_ASYNC_PF_EN, 1ull << 40 | 9), MsrResult::gp) << "no RAM";
+  EXPECT_EQ(write(MSR_KVM_ASYNC_PF_EN, 0x5009), MsrResult::ok);
+  EXPECT_EQ(write(MSR_KVM_ASYNC_PF_INT, 0x1f3), MsrResult::gp);
+  EXPECT_EQ(write(MSR_KVM_ASYNC_PF_INT, 0xf3), MsrResult::ok);
+  EXPECT_EQ(write(MSR_KVM_ASYNC_PF_ACK, 1), MsrResult::ok);
+  const auto read = [&](u32 index) {
+    u64 value = ~0ull;
+    EXPECT_EQ(v.pv.read_msr(index, value, Initiator::guest), MsrResult::ok);
+    return value;
+  };
+  EXPECT_EQ(read(MSR_KVM_ASYNC_PF_EN), 0x5009u);
+  EXPECT_EQ(read(MSR_KVM_ASYNC_PF_INT), 0xf3u);
+  EXPECT_EQ(read(MSR_KVM_ASYNC_PF_ACK), 0u);
+}
+
 TEST_F(Pv, PollControl) {
   u64 value;
   EXPECT_EQ(v.pv.read_msr(MSR_KVM_POLL_CONTROL, value, Initiator::guest), MsrResult::ok);
@@ -342,12 +367,6 @@ TEST_F(Pv, EnforcedFeaturesHideMsrs) {
   EXPECT_EQ(v.pv.read_msr(MSR_KVM_STEAL_TIME, value, Initiator::guest), MsrResult::not_mine);
   EXPECT_EQ(v.pv.write_msr(MSR_KVM_SYSTEM_TIME, 0x1001, Initiator::guest), MsrResult::not_mine);
   EXPECT_EQ(v.pv.write_msr(MSR_KVM_SYSTEM_TIME_NEW, 0x1001, Initiator::guest), MsrResult::ok);
-}
-
-TEST_F(Pv, AsyncPageFaultsAreNotThere) {
-  u64 value;
-  for (u32 index : {MSR_KVM_ASYNC_PF_EN, MSR_KVM_ASYNC_PF_INT, MSR_KVM_ASYNC_PF_ACK})
-    EXPECT_EQ(v.pv.read_msr(u32(index), value, Initiator::guest), MsrResult::not_mine);
 }
 
 TEST_F(Pv, HypercallErrors) {

@@ -375,6 +375,12 @@ TEST_F(Exits, ProtectedRamIsEfault) {
   ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_READ), 0);
   EXPECT_EQ(vcpu.run(), -EFAULT);
   EXPECT_EQ(regs().rip, 0u);
+  EXPECT_EQ(run().exit_reason, u32{KVM_EXIT_MEMORY_FAULT});
+  u64 memory_fault[3];
+  std::memcpy(memory_fault, run().padding, sizeof memory_fault);
+  EXPECT_EQ(memory_fault[0], 0u) << "flags";
+  EXPECT_EQ(memory_fault[1], 0x9000u) << "gpa";
+  EXPECT_EQ(memory_fault[2], page_size);
   ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_READ | PROT_WRITE), 0);
   ASSERT_EQ(vcpu.run(), 0);
   EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);

@@ -62,6 +62,60 @@ TEST_F(Quirks, MwaitIsNeverUndefinedUnlessTheClientWantsThat) {
   expect_port(6);
 }
 
+TEST_F(Quirks, OutIsBehindItsClientOnlyAtPort7e) {
+  start({
+      0xe6, 0x7e,  // out 0x7e, al
+      0xe6, 0x7d,  // out 0x7d, al
+      0x6e,        // outsb
+      0xf4,        // hlt
+  });
+  expect_port(0x7e);
+  EXPECT_EQ(regs().rip, code_at + 2);
+  expect_port(0x7d);
+  EXPECT_EQ(regs().rip, code_at + 2) << "until KVM_RUN";
+  run().immediate_exit = 1;
+  EXPECT_EQ(vcpus[0]->run(), -EINTR);
+  run().immediate_exit = 0;
+  EXPECT_EQ(regs().rip, code_at + 4);
+
+  EXPECT_EQ(enable(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_OUT_7E_INC_RIP), 0);
+  start({0xe6, 0x7e, 0xe6, 0x7d});
+  expect_port(0x7e);
+  EXPECT_EQ(regs().rip, code_at);
+  kvm_regs moved = regs();
+  moved.rip = code_at;
+  EXPECT_EQ(vcpus[0]->set_regs(moved), 0);
+  expect_port(0x7d);
+  moved.rip = code_at + 2;  // where it is, which is no move
+  EXPECT_EQ(vcpus[0]->set_regs(moved), 0);
+  moved.rip = code_at;
+  EXPECT_EQ(vcpus[0]->set_regs(moved), 0);
+  expect_port(0x7e);
+}
+
+TEST_F(Quirks, MwaitFollowsItsSwitchWhenTheClientWantsThat) {
+  constexpr u32 misc_enable = 0x1a0;
+  const auto shows_mwait = [&] {
+    u32 out[4];
+    vcpus[0]->cpuid(1, 0, out);
+    return (out[2] >> 3 & 1) != 0;
+  };
+  const auto set_switch = [&](bool on) {
+    const kvm_msr_entry entry{.index = misc_enable, .data = on ? 0x41801u : 0x1801u};
+    EXPECT_EQ(vcpus[0]->set_msrs({&entry, 1}), 1);
+  };
+  start({0xf4});
+  const bool from_client = shows_mwait();
+  set_switch(!from_client);
+  EXPECT_EQ(shows_mwait(), from_client);
+  EXPECT_EQ(enable(KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT), 0);
+  EXPECT_EQ(vcpus[0]->set_cpuid2(x86::supported_cpuid()), 0);
+  for (const bool on : {true, false}) {
+    set_switch(on);
+    EXPECT_EQ(shows_mwait(), on);
+  }
+}
+
 TEST_F(Quirks, WithoutItsMmioHoleTheDisabledApicLeavesItsPage) {
   EXPECT_EQ(machine->create_irqchip(), 0);
   start({0xf4});

@@ -49,8 +49,8 @@ TEST_F(MemorySlotsTest, CreatesFindsAndDeletes) {
   EXPECT_EQ(host(0x5000), nullptr);
   EXPECT_EQ(host(0x100123), memory + 4 * page_size);
   EXPECT_TRUE(slots.page(0x1000, true, hint).writable);
-  EXPECT_TRUE(slots.contains_host(memory + 5 * page_size - 1));
-  EXPECT_FALSE(slots.contains_host(memory + 5 * page_size));
+  EXPECT_EQ(slots.gpa_of_host(memory + 5 * page_size - 1), 0x100fff);
+  EXPECT_EQ(slots.gpa_of_host(memory + 5 * page_size), std::nullopt);
 
   const unsigned before = flushes;
   ASSERT_EQ(slots.set_region(region(3, 0, 0)), 0);
@@ -130,6 +130,31 @@ TEST_F(MemorySlotsTest, KeepsTheDirtyLog) {
   ASSERT_EQ(slots.set_region(region(0, 0, 64 * page_size)), 0);
   EXPECT_EQ(dirty_log(0, bitmap), -ENOENT);
   EXPECT_TRUE(slots.page(0, false, hint).writable);
+}
+
+TEST_F(MemorySlotsTest, PreFaultsUpToTheEndOfMemory) {
+  ASSERT_EQ(slots.set_region(region(0, 0x10000, 4 * page_size)), 0);
+  kvm_pre_fault_memory range{.gpa = 0x11000, .size = 8 * page_size};
+  EXPECT_EQ(slots.pre_fault(range), 0);
+  EXPECT_EQ(range.gpa, 0x14000u);
+  EXPECT_EQ(range.size, 5 * page_size);
+  EXPECT_EQ(slots.pre_fault(range), -ENOENT);
+  EXPECT_EQ(range.size, 5 * page_size);
+  unsigned char present[4];
+  ASSERT_EQ(mincore(memory, sizeof present * page_size, present), 0);
+  EXPECT_TRUE(present[1] & 1 && present[2] & 1 && present[3] & 1);
+
+  ASSERT_EQ(mprotect(memory, page_size, PROT_NONE), 0);
+  range = {.gpa = 0x10000, .size = page_size};
+  EXPECT_EQ(slots.pre_fault(range), -EFAULT);
+  for (const kvm_pre_fault_memory& bad : {kvm_pre_fault_memory{.gpa = 0x10001, .size = page_size},
+                                          {.gpa = 0x10000, .size = 1},
+                                          {.gpa = 0x10000, .size = 0},
+                                          {.gpa = 0x10000, .size = page_size, .flags = 1},
+                                          {.gpa = ~0xfffull, .size = page_size}}) {
+    range = bad;
+    EXPECT_EQ(slots.pre_fault(range), -EINVAL);
+  }
 }
 
 }  // namespace

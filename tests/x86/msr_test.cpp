@@ -214,7 +214,11 @@ TEST_F(Msr, MachineCheckBanks) {
   EXPECT_TRUE(read_faults(0x280));           // no CMCI
   EXPECT_EQ(setup_mce(*cpu, 0), -EINVAL);
   EXPECT_EQ(setup_mce(*cpu, 33), -EINVAL);
-  EXPECT_EQ(setup_mce(*cpu, 10 | 1 << 10), -EINVAL);
+  EXPECT_EQ(setup_mce(*cpu, 10 | 1 << 27), -EINVAL);  // local machine checks
+  EXPECT_EQ(setup_mce(*cpu, 10 | 1 << 10), 0);
+  EXPECT_FALSE(write_faults(0x280, 1 << 30 | 0x7fff));
+  EXPECT_TRUE(write_faults(0x280, 1 << 15));
+  EXPECT_EQ(read(0x280), 1u << 30 | 0x7fff);
 }
 
 TEST_F(Msr, AmdMayWriteBankStatusWhenHwcrSaysSo) {

@@ -66,6 +66,8 @@ Result out(Context& c, const Instruction& i) {
   const u32 value = u32(c.cpu.state.gpr[rax]);
   if (c.cpu.machine.pio_out(port, &value, i.operand_bytes)) return Result::ok;
   std::memcpy(c.cpu.pio_data, &value, i.operand_bytes);
+  c.cpu.exit.rip = c.cpu.state.rip;
+  c.cpu.exit.next_rip = c.next_rip;
   return exit_to_client(c, port, i.operand_bytes, 1, false);
 }
 

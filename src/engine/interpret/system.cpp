@@ -348,7 +348,7 @@ Result vmmcall(Context& c, const Instruction&) { return hypercall(c, x86::Vendor
 /// MONITOR and MWAIT: no wait, as KVM without the host's MWAIT. A guest without the feature is spared #UD, unless its
 /// client wants it (KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS).
 Result monitor_or_wait(Context& c, const Instruction&) {
-  const bool offered = c.cpu.cpuid.word(x86::CpuidWord::leaf1_ecx) >> 3 & 1;
+  const bool offered = c.cpu.cpuid.has_mwait(c.cpu.state);
   const u64 quirks = c.cpu.disabled_quirks.load(std::memory_order_relaxed);
   if (c.cpu.state.cpl != 0 || (!offered && quirks & KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS)) return c.cpu.ud();
   return Result::ok;
