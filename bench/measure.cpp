@@ -1,11 +1,15 @@
 // What can be measured inside one process, one measurement per run: guest instructions per second, in loops and where
-// all code is new; the way from KVM_RUN to an exit and back; the life of a thousand virtual machines. Prints "name
-// value" lines; bench/run makes the table. ANYKVM_ENGINE chooses the engine.
+// all code is new; the way from KVM_RUN to an exit and back; how soon a running and a halted vCPU heed another thread;
+// the life of a thousand virtual machines. Prints "name value" lines; bench/run makes the table. ANYKVM_ENGINE chooses
+// the engine.
+#include <pthread.h>
 #include <sys/mman.h>
 #include <time.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -13,6 +17,7 @@
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <thread>
 #include <vector>
 
 #include "anykvm/anykvm.h"
@@ -88,6 +93,10 @@ class LongModeGuest {
 
   /// Enters the guest at `entry` with %rax = function, %rdi = iterations; it must leave by a write to a port.
   void call(std::uint64_t function, std::uint64_t iterations) {
+    prepare_call(function, iterations);
+    run_to_port();
+  }
+  void prepare_call(std::uint64_t function, std::uint64_t iterations) {
     kvm_regs regs{};
     regs.rip = entry;
     regs.rsp = stack_top;
@@ -96,9 +105,9 @@ class LongModeGuest {
     regs.rdi = iterations;
     regs.rsi = scratch;
     vcpu_.set_regs(regs);
-    run_to_port();
   }
 
+  void run_to_signal() { run_to<anykvm::exits::Interrupted>(); }
   void run_to_port() { run_to<anykvm::exits::IoOut>(); }
   void run_to_device() { run_to<anykvm::exits::MmioRead>(); }
 
@@ -192,6 +201,97 @@ void measure_translation() {
   std::printf("translated_mips %.2f\n", size / sizeof block * block_instructions / time.seconds() / 1e6);
 }
 
+void print_percentiles(const char* name, std::vector<double> microseconds) {
+  std::ranges::sort(microseconds);
+  std::printf("%s_us_p50 %.1f\n%s_us_p99 %.1f\n", name, microseconds[microseconds.size() / 2], name,
+              microseconds[microseconds.size() * 99 / 100]);
+}
+
+/// One measurement after another between this thread and one that runs a vCPU: from `act` here until `run` is back
+/// there. `act` is called `pause` after `run` was.
+template <class Run, class Act>
+std::vector<double> reaction_microseconds(std::chrono::microseconds pause, Run run, Act act) {
+  using Clock = std::chrono::steady_clock;  // the reaction is late also when the CPU is another's
+  constexpr int rounds = 1000;
+  std::vector<double> found;
+  std::atomic<int> entered{0}, left{0};
+  std::atomic<Clock::time_point> left_at{};
+  std::thread runner([&] {
+    for (int round = 1; round <= rounds; ++round) {
+      entered.store(round);
+      entered.notify_one();
+      run();
+      left_at.store(Clock::now());
+      left.store(round);
+      left.notify_one();
+    }
+  });
+  for (int round = 1; round <= rounds; ++round) {
+    entered.wait(round - 1);
+    std::this_thread::sleep_for(pause);
+    const Clock::time_point begin = Clock::now();
+    act(runner.native_handle());
+    left.wait(round - 1);
+    found.push_back(std::chrono::duration<double, std::micro>(left_at.load() - begin).count());
+  }
+  runner.join();
+  return found;
+}
+
+/// From pthread_kill() until KVM_RUN has returned EINTR, out of an endless loop of the guest's.
+void measure_kick(const char* name, Loop loop) {
+  struct sigaction action {};
+  action.sa_handler = [](int) {};
+  sigaction(SIGUSR1, &action, nullptr);
+  const unsigned char code[] = {0xff, 0xd0};  // call *%rax
+  LongModeGuest guest(code);
+  guest.prepare_call(loops + (reinterpret_cast<const unsigned char*>(loop) - bench_loops_begin),
+                     ~std::uint64_t{0} >> 1);
+  print_percentiles(name, reaction_microseconds(
+                              std::chrono::microseconds(300), [&] { guest.run_to_signal(); },
+                              [](pthread_t runner) { pthread_kill(runner, SIGUSR1); }));
+}
+
+/// From an interrupt line's rise until the halted guest's handler has written to a port.
+void measure_wake() {
+  const unsigned char code[] = {0xb0, 0x20, 0xe6, 0x20,            // mov $0x20, %al; out %al, $0x20: end the last one
+                                0xfb, 0xf4,                        // sti; hlt
+                                0xeb, 0xfd};                       // jmp back to the hlt
+  const unsigned char handler[] = {0xe6, 0x10,                     // out %al, $0x10
+                                   0x83, 0xc4, 0x06,               // add $6, %sp
+                                   0xea, 0x00, 0x10, 0x00, 0x00};  // ljmp 0:0x1000
+  constexpr std::uint16_t code_at = 0x1000, handler_at = 0x1100, stack = 0x2000;
+  constexpr std::uint32_t line = 1;  // an 8259 that nobody has set up gives it vector 1
+  Memory memory(0x3000);
+  std::ranges::copy(code, memory.at(code_at));
+  std::ranges::copy(handler, memory.at(handler_at));
+  std::memcpy(memory.at(line * 4), &handler_at, sizeof handler_at);
+  anykvm::Kvm kvm;
+  anykvm::Vm vm = kvm.create_vm();
+  vm.set_up_memory_slot(vm.allocate_memory_slot(0x3000), memory.at(0), 0);
+  vm.create_irq_chip();
+  anykvm::Vcpu vcpu = vm.create_vcpu();
+  kvm_sregs sregs = vcpu.sregs();
+  sregs.cs.base = 0;
+  sregs.cs.selector = 0;
+  vcpu.set_sregs(sregs);
+  kvm_regs regs{};
+  regs.rip = code_at;
+  regs.rsp = stack;
+  regs.rflags = 2;
+  vcpu.set_regs(regs);
+  print_percentiles("wake", reaction_microseconds(
+                                std::chrono::milliseconds(1),
+                                [&] {
+                                  if (!std::holds_alternative<anykvm::exits::IoOut>(vcpu.run()))
+                                    throw std::runtime_error("no port exit");
+                                },
+                                [&](pthread_t) {
+                                  vm.set_irq_line(line, true);
+                                  vm.set_irq_line(line, false);
+                                }));
+}
+
 struct Footprint {
   long fds = 0, threads = 0, resident_kib = 0;
 };
@@ -250,10 +350,14 @@ int main(int argc, char** argv) try {
     measure_exits();
   } else if (what == "translation") {
     measure_translation();
+  } else if (what == "kick") {
+    measure_kick("kick_integer", bench_integer_loop);
+    measure_kick("kick_memory", bench_memory_loop);
+    measure_wake();
   } else if (what == "lives") {
     measure_lives();
   } else {
-    std::fprintf(stderr, "usage: anykvm_bench mips|exits|translation|lives\n");
+    std::fprintf(stderr, "usage: anykvm_bench mips|exits|translation|kick|lives\n");
     return 64;
   }
   return 0;
