@@ -62,7 +62,8 @@ void compare(u64 rounds, auto... arguments) {
               << mistakes_met();
 }
 
-TEST(AgainstTcg, SegmentsGatesTasksAndModes) { compare<LegacyGuest>(2); }
+TEST(AgainstTcg, SegmentsGatesTasksAndModes) { compare<LegacyGuest>(2, LegacySubject::segments); }
+TEST(AgainstTcg, LegacyPaging) { compare<LegacyGuest>(2, LegacySubject::paging); }
 TEST(AgainstTcg, LongModeTransfers) { compare<LongGuest>(2, Subject::transfers); }
 TEST(AgainstTcg, LongModeRegisters) { compare<LongGuest>(2, Subject::registers); }
 TEST(AgainstTcg, LongModePaging) { compare<LongGuest>(2, Subject::paging); }

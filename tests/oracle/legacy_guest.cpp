@@ -48,20 +48,26 @@ u64 gate(u16 selector, u32 offset, u8 access, u8 parameters = 0) {
 class Generator {
  public:
   explicit Generator(u64 seed) : random_(seed), image_(guest_ram) {
+    std::memset(&image_[0], 0xcc, MONITOR_BOOT);
     std::memcpy(&image_[MONITOR_BOOT], monitor_boot, monitor_boot_end - monitor_boot);
     std::memcpy(&image_[MONITOR_CODE], monitor_code, monitor_code_end - monitor_code);
     tables();
     std::memcpy(&image_[MONITOR_PRISTINE], &image_[MONITOR_TABLES], MONITOR_TABLES_SIZE);
   }
 
-  void add_test(unsigned index) {
+  void begin(unsigned index) {
     at_ = MONITOR_TESTS + index * MONITOR_TEST_SIZE;
     put<u32>(MONITOR_COUNT, index + 1);
     std::memset(&image_[at_ + TEST_CODE], 0xcc, TEST_CODE_SIZE);
     code_ = at_ + TEST_CODE;
     patches_ = 0;
     steps_ = false;
+    put<u32>(at_ + TEST_CR0, 0x31);
     for (unsigned i = 0; i < 7; ++i) put<u32>(at_ + TEST_GPR + 4 * i, u32(random_()));
+  }
+
+  void add_test(unsigned index) {
+    begin(index);
     put<u32>(at_ + TEST_GPR + 4, 0xbe00);  // ecx, edx: of SYSEXIT
     put<u32>(at_ + TEST_GPR + 8, landing);
     start_mode();
@@ -77,6 +83,47 @@ class Generator {
       patch64(MONITOR_IDT + 8 * vector, gate(target, landing, access));
     }
     for (unsigned n = 1 + below(3); n-- > 0;) instruction();
+    put<u32>(at_ + TEST_PATCHES, patches_);
+  }
+
+  /// 32-bit and PAE paging.
+  void add_paging_test(unsigned index) {
+    begin(index);
+    const bool pae = below(2), user = below(2);
+    v86_ = code16_ = false;
+    const u32 frame[] = {MONITOR_TEST_CODE, user ? code_r3 : code_r0, 2 | (below(3) ? 0 : 0x40000u),
+                         user ? 0xbf00u : 0xae00u, user ? data_r3 : data_r0};
+    for (unsigned i = 0; i < 5; ++i) put<u32>(at_ + TEST_FRAME + 4 * i, frame[i]);
+    for (unsigned i = 0; i < 4; ++i) put<u32>(at_ + TEST_SEGMENTS + 4 * i, data_r3);
+    // PSE, PGE; rarely SMEP, which keeps supervisors out of the test's page, and SMAP
+    put<u32>(at_ + TEST_CR4, (pae ? 0x20 : 0) | (below(4) ? 0x10 : 0) | (below(2) ? 0x80 : 0) |
+                                 (below(8) ? 0 : 0x100000) | (below(3) ? 0 : 0x200000));
+    put<u32>(at_ + TEST_CR0, 0x80000031 | (below(2) ? 0x10000 : 0));
+    const u32 cr3 = (pae ? PAGING_PAE_PDPT : PAGING_PD) | (below(4) ? 0 : 0x18);
+    put<u32>(at_ + TEST_CR3, cr3);
+    patch32(MONITOR_TSS_DF + 0x1c, cr3);
+    put<u32>(at_ + TEST_EFER, below(3) ? 0x800 : 0);
+    const auto entry = [&](u32 address, u64 base) {
+      u64 value = base | 7;
+      switch (below(7)) {
+        case 0: value &= ~1ull; break;
+        case 1: value &= ~2ull; break;
+        case 2: value &= ~4ull; break;
+        case 3: value = base | (random_() & 0xf7f); break;
+        case 4: value |= pae ? 1ull << (40 + below(24)) : 0x18; break;
+        case 5: value |= random_() & 0x60; break;
+        default: break;
+      }
+      patch32(address, u32(value));
+      if (pae) patch32(address + 4, u32(value >> 32));
+    };
+    const u32 table = pae ? PAGING_PAE_WINDOW_PT : PAGING_WINDOW_PT, size = pae ? 8 : 4;
+    const u32 directory = pae ? PAGING_PAE_PD + 32 : PAGING_PD + 8;
+    entry(directory, table);
+    // A large page. Between its PAT bit and its address some bits are reserved.
+    entry(directory + size, 0x80 | (below(8) ? 0 : 0x1000) | (below(6) ? 0 : 1u << (pae ? 13 + below(8) : 21)));
+    for (u32 page = 0; page < 4; ++page) entry(table + size * page, PAGING_FRAMES + page * 0x1000);
+    for (unsigned n = 1 + below(3); n-- > 0;) paging_access(pae);
     put<u32>(at_ + TEST_PATCHES, patches_);
   }
 
@@ -145,7 +192,18 @@ class Generator {
     put<u16>(MONITOR_TSS_B + 0x10, 2);
     for (unsigned i = 0; i < 8; ++i) put<u16>(MONITOR_TSS_B + 0x12 + 2 * i, i == 4 ? 0xad00 : u16(0x1111 * i));
     for (unsigned i = 0; i < 4; ++i) put<u16>(MONITOR_TSS_B + 0x22 + 2 * i, i == 1 ? code_r0 : data_r0);
-    std::memset(&image_[MONITOR_TEST_CODE], 0xcc, 0x1000);
+    std::memset(&image_[0x9000], 0xcc, MONITOR_TEST_CODE + 0x1000 - 0x9000);
+    paging_tables();
+  }
+
+  void paging_tables() {
+    const auto user = [](u32 page) { return page == 0xb || page == MONITOR_TEST_CODE / 0x1000 ? 4u : 0u; };
+    put<u32>(PAGING_PD, PAGING_PT | 7);
+    for (u32 page = 0; page < 1024; ++page) put<u32>(PAGING_PT + 4 * page, page << 12 | 0x63 | user(page));
+    for (u32 i = 0; i < 4; ++i) put<u64>(PAGING_PAE_PDPT + 8 * i, i ? 0 : PAGING_PAE_PD | 1);
+    for (u32 i = 0; i < 2; ++i) put<u64>(PAGING_PAE_PD + 8 * i, (PAGING_PAE_PT + 0x1000 * i) | 7);
+    for (u32 page = 0; page < 1024; ++page) put<u64>(PAGING_PAE_PT + 8 * page, page << 12 | 0x63 | user(page));
+    std::memset(&image_[PAGING_FRAMES], 0xcc, 0x4000);
   }
 
   void task32(u32 tss, u32 eip, u32 esp) {
@@ -267,6 +325,31 @@ class Generator {
     return flags;
   }
   u32 flags_value() { return 2 | (u32(random_()) & 0x044dd5 & ~(below(4) ? 0x4100u : 0)) | below(4) << 12; }
+
+  void paging_access(bool pae) {
+    const u32 offset = below(3) ? below(0x1000) & ~3u : below(2) ? 0xffd + below(3) : below(16);
+    u32 address = PAGING_WINDOW + below(5) * 0x1000 + offset;
+    if (below(4) == 0) address = (pae ? 0xa00000 : 0xc00000) + PAGING_FRAMES + (offset & 0xffc);
+    if (below(8) == 0) address = below(2) ? 0xb010 : 0x9010;
+    load_eax(address);
+    const u32 wide = below(2);
+    switch (below(10)) {
+      case 0:
+      case 1: byte(0x8a + wide), byte(0x08); break;
+      case 2:
+      case 3: byte(0x88 + wide), byte(0x08); break;
+      case 4: byte(wide), byte(0x08); break;
+      case 5: byte(0xff), byte(wide ? 0xe0 : 0xd0); break;
+      case 6: wide ? word(0x30ff) : word(0x008f); break;
+      case 7: {                                                                   // a stack there
+        static constexpr u8 uses[] = {0x50, 0x58, 0xc3, 0x9c, 0xc9, 0x61, 0x51};  // not PUSHA, which TCG does upwards
+        word(0xc489), byte(uses[below(7)]);
+        break;
+      }
+      case 8: byte(0x0f), byte(0x01), byte(0x38); break;  // INVLPG
+      default: byte(0x0f), byte(0xc0 + wide), byte(0x08); break;
+    }
+  }
 
   void instruction() {
     switch (below(20)) {
@@ -416,15 +499,23 @@ constexpr Field log_fields[] = {
     {"gdt", 128, 4, MONITOR_GDT_SIZE / 4},
     {"ldt", 128 + MONITOR_GDT_SIZE, 4, 16},
     {"tss", 192 + MONITOR_GDT_SIZE, 4, 0x100},
+    {"pde", LOG_PAGING, 4, 2},
+    {"pte", LOG_PAGING + 8, 4, 8},
+    {"pae pde", LOG_PAGING + 40, 8, 2},
+    {"pae pte", LOG_PAGING + 56, 8, 8},
+    {"page", LOG_PAGING + 120, 4, 8},
 };
 
 }  // namespace
 
-LegacyGuest::LegacyGuest(u64 seed, unsigned count) {
+LegacyGuest::LegacyGuest(u64 seed, unsigned count, LegacySubject subject) {
   Generator generator(seed);
-  for (unsigned i = 0; i < count; ++i) generator.add_test(i);
+  for (unsigned i = 0; i < count; ++i)
+    subject == LegacySubject::paging ? generator.add_paging_test(i) : generator.add_test(i);
   image = generator.take();
   cpuid.assign(x86::supported_cpuid().begin(), x86::supported_cpuid().end());
+  for (kvm_cpuid_entry2& e : cpuid)
+    if (e.function == 0x80000008) e.eax = (e.eax & ~0xffu) | 40;  // as QEMU's
   tests = count;
   log = MONITOR_LOG;
   log_size = MONITOR_LOG_SIZE;
@@ -463,8 +554,9 @@ std::string LegacyGuest::describe(unsigned test) const {
   const u32 at = MONITOR_TESTS + test * MONITOR_TEST_SIZE;
   const auto word = [&](u32 offset) { return get<u32>(image, at + offset); };
   char line[160];
-  std::snprintf(line, sizeof line, "  cs %x eip %x eflags %x ss %x esp %x cr4 %x\n", word(TEST_FRAME + 4),
-                word(TEST_FRAME), word(TEST_FRAME + 8), word(TEST_FRAME + 16), word(TEST_FRAME + 12), word(TEST_CR4));
+  std::snprintf(line, sizeof line, "  cs %x eip %x eflags %x ss %x esp %x cr4 %x cr0 %x cr3 %x efer %x\n",
+                word(TEST_FRAME + 4), word(TEST_FRAME), word(TEST_FRAME + 8), word(TEST_FRAME + 16),
+                word(TEST_FRAME + 12), word(TEST_CR4), word(TEST_CR0), word(TEST_CR3), word(TEST_EFER));
   std::string text = line;
   const u32 code = word(TEST_FRAME + 4);
   const bool is_16_bit = word(TEST_FRAME + 8) & 0x20000 || code == code16_r0 || code == code16_r3;

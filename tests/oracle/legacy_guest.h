@@ -5,10 +5,12 @@
 
 namespace anykvm::oracle {
 
+enum class LegacySubject : u8 { segments, paging };
+
 /// Starts at MONITOR_BOOT in real mode.
 class LegacyGuest final : public Guest {
  public:
-  LegacyGuest(u64 seed, unsigned count);
+  LegacyGuest(u64 seed, unsigned count, LegacySubject subject);
   Ending ending(const Memory& memory, unsigned test) const override;
   std::span<const u8> code_at(unsigned test, u64 cs, u64 rip) const override;
   void skip(unsigned test) override;

@@ -34,6 +34,9 @@ next_test:
     movl %eax, %cr0
     xorl %eax, %eax
     movl %eax, %cr4
+    xorl %edx, %edx
+    movl $0xc0000080, %ecx
+    wrmsr
     movl %eax, %cr2
     movl %eax, %dr7
     movl %eax, %dr6
@@ -42,6 +45,16 @@ next_test:
     movl $MONITOR_TABLES, %edi
     movl $MONITOR_TABLES_SIZE / 4, %ecx
     rep movsl
+    movl $AT(copies), %esi
+    movl $4, %edx
+1:  lodsl
+    movl %eax, %edi
+    lodsl
+    movl %eax, %ecx
+    xorl %eax, %eax
+    rep stosl
+    decl %edx
+    jnz 1b
     lgdtl AT(gdt_pointer)
     lidtl AT(idt_pointer)
     ljmpl $0x08, $AT(1f)
@@ -80,6 +93,14 @@ next_test:
     rep movsl
     movl TEST_CR4(%ebx), %eax
     movl %eax, %cr4
+    movl TEST_CR3(%ebx), %eax
+    movl %eax, %cr3
+    movl $0xc0000080, %ecx
+    movl TEST_EFER(%ebx), %eax
+    xorl %edx, %edx
+    wrmsr
+    movl TEST_CR0(%ebx), %eax
+    movl %eax, %cr0
 
     testl $0x20000, TEST_FRAME + 8(%ebx)
     jz 4f
@@ -134,6 +155,10 @@ ended:
     movl %eax, %ds
     movl %eax, %es
     cld
+    movl %cr0, %ebp
+    movl %ebp, %eax
+    andl $0x7fffffff, %eax
+    movl %eax, %cr0
     movl AT(current), %edi
     imull $MONITOR_LOG_SIZE, %edi
     addl $MONITOR_LOG, %edi
@@ -142,7 +167,7 @@ ended:
     stosl
     movl %ss, %eax
     stosl
-    movl %cr0, %eax
+    movl %ebp, %eax
     stosl
     movl %cr4, %eax
     stosl
@@ -170,7 +195,14 @@ ended:
     movl $MONITOR_TSS, %esi
     movl $0x400 / 4, %ecx
     rep movsl
-    incl AT(current)
+    movl $AT(copies), %ebx
+8:  movl (%ebx), %esi
+    movl 4(%ebx), %ecx
+    addl $8, %ebx
+    jecxz 9f
+    rep movsl
+    jmp 8b
+9:  incl AT(current)
     jmp next_test
 
     .balign 4
@@ -182,6 +214,11 @@ gdt_pointer:
 idt_pointer:
     .word MONITOR_IDT_SIZE - 1
     .long MONITOR_IDT
+
+copies:  // address, number of words; the first four are cleared before a test
+    .long PAGING_PD + 8, 2, PAGING_WINDOW_PT, 8, PAGING_PAE_PD + 32, 4, PAGING_PAE_WINDOW_PT, 16
+    .long PAGING_FRAMES, 2, PAGING_FRAMES + 0x1000, 2, PAGING_FRAMES + 0x2000, 2, PAGING_FRAMES + 0x3000, 2
+    .long 0, 0
 
     .balign 16
 monitor_stubs:  // one every 16 bytes

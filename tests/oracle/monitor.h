@@ -35,8 +35,23 @@
 #define TEST_FRAME 0x30     // eip, cs, eflags, esp, ss; in virtual-8086 mode es, ds, fs, gs
 #define TEST_CR4 0x54
 #define TEST_PATCHES 0x58  // how many
-#define TEST_PATCH 0x60    // address, value
+#define TEST_CR0 0x5c
+#define TEST_PATCH 0x60  // address, value
+#define TEST_EFER 0xe0
+#define TEST_CR3 0xe4
 #define TEST_CODE 0x100
 #define TEST_CODE_SIZE 0x100
 
 #define MONITOR_VECTORS 0x54
+
+// Tests of paging: the first 4 MiB are mapped one to one, and the window, from 8 MiB on, by entries that tests change.
+#define PAGING_PD 0x20000
+#define PAGING_PT 0x21000
+#define PAGING_WINDOW_PT 0x22000
+#define PAGING_PAE_PDPT 0x23000
+#define PAGING_PAE_PD 0x24000
+#define PAGING_PAE_PT 0x25000  // two
+#define PAGING_PAE_WINDOW_PT 0x27000
+#define PAGING_FRAMES 0x30000  // four pages
+#define PAGING_WINDOW 0x800000
+#define LOG_PAGING 0x5c0  // PDEs 2-3, 8 PTEs, 2 PAE PDEs, 8 PAE PTEs, two words of each frame
