@@ -122,6 +122,39 @@ TEST_F(PitTest, Mode1IsTriggeredByTheGate) {
   EXPECT_FALSE(out2()) << "and again";
 }
 
+TEST_F(PitTest, Mode4CountsFromTheLoadAndWhileTheGateIsUp) {
+  pit.write(speaker, 1);
+  program(2, 4, 47727);  // 40 ms
+  EXPECT_EQ(status(2) >> 1 & 7, 4);
+  EXPECT_TRUE(out2()) << "high but for the strobe";
+  EXPECT_TRUE(eventually([&] { return count(2) < 47727; }));
+  pit.write(speaker, 0);
+  const u16 stopped = count(2);
+  std::this_thread::sleep_for(2ms);
+  EXPECT_EQ(count(2), stopped);
+  pit.write(speaker, 1);
+  EXPECT_TRUE(eventually([&] { return count(2) > 0xf000; })) << "it counts on below 0";
+  EXPECT_TRUE(out2());
+}
+
+TEST_F(PitTest, Mode5CountsFromEachRiseOfTheGate) {
+  pit.write(speaker, 1);
+  program(2, 5, 60000);
+  std::this_thread::sleep_for(2ms);
+  EXPECT_EQ(count(2), 60000) << "the gate was up already";
+  pit.write(speaker, 0);
+  pit.write(speaker, 1);
+  EXPECT_TRUE(eventually([&] { return count(2) < 58000; }));
+  pit.write(speaker, 0);
+  EXPECT_LT(count(2), 58000) << "a fall does not stop it";
+  const u64 start = os::monotonic_ns();
+  pit.write(speaker, 1);
+  const u16 restarted = count(2);
+  const u64 elapsed = os::monotonic_ns() - start;
+  EXPECT_GE(restarted + elapsed * Pit::frequency_hz / 1'000'000'000 + 2, 60000u);
+  EXPECT_TRUE(out2());
+}
+
 TEST_F(PitTest, Modes2And3Reload) {
   pit.write(speaker, 1);
   for (unsigned mode : {2u, 3u, 6u, 7u}) {
