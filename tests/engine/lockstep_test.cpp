@@ -113,6 +113,21 @@ TEST_F(LockstepTest, DevicesSeeAnAccessOnce) {
   EXPECT_EQ(machine.get<u32>(data_at), 3u);
 }
 
+TEST_F(LockstepTest, IdleLoopsAreTheSame) {
+  put({
+      0x90,  // nop
+      0xfa,  // cli
+      0x9c,  // pushf
+      0x58,  // pop rax
+      0xfb,  // sti
+      0xf4,  // hlt
+  });
+  engine.run(cpu);
+  EXPECT_EQ(cpu.exit.kind, ExitKind::halt) << report();
+  EXPECT_EQ(report(), "");
+  EXPECT_EQ(cpu.state.gpr[x86::rax], 2u);
+}
+
 TEST_F(LockstepTest, FaultsAreDeliveredOnce) {
   // The IDT's gate for #PF leads to a handler that counts and skips the instruction.
   constexpr u64 idt_at = 0x3000, gdt_at = 0x4000, handler = code_at + 0x100;

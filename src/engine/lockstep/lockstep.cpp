@@ -111,6 +111,7 @@ bool Lockstep::run_stretch() {
     take_back_performance();
     if (attempt + 1 < attempts) continue;
     explain(count);
+    (void)!write(STDERR_FILENO, report_.c_str(), report_.size());
   }
   cpu.exit = {.kind = ExitKind::engine_error, .reason = "lockstep has found a difference"};
   return false;
@@ -269,6 +270,11 @@ void Lockstep::advance(u32 count) {
 
 /// Narrows the difference down to one instruction where that is possible. The guest is at the start of the stretch.
 void Lockstep::explain(u32 count) {
+  // What is said if it does not come up in short blocks.
+  (void)rehearse(count);
+  (void)try_stretch(count);
+  write_report(count, count);
+  take_back_performance();
   // Between which two backward jumps does it come up?
   u32 good = 0, bad = count;
   for (u32 n = 1; n < count; ++n) {
@@ -303,11 +309,6 @@ void Lockstep::explain(u32 count) {
     advance(reached);
     left -= reached;
   }
-  report_.add("The difference does not come up in short blocks; this is the whole stretch.\n");
-  translator_.limit_blocks(translate::most_instructions);
-  const u32 whole = rehearse_stretch();
-  (void)try_stretch(whole);
-  write_report(whole, whole);
 }
 
 void Lockstep::write_report(u32 count, u32 wrong) {
@@ -316,10 +317,13 @@ void Lockstep::write_report(u32 count, u32 wrong) {
   const bool astray = position_ != count;
   u64 ignored = 0;
   if (!astray) ignored = ignored_flags();
+  report_.clear();
   report_.add("anykvm: the translator differs from the reference engine (lockstep)\n");
   report_.add("%u-bit code, CPL %u, behind %s\n\n", start_.state.code_bits, start_.state.cpl,
               wrong < count ? "the instruction marked >" : "the instructions");
-  for (u32 n = 0; n < count; ++n) list_instruction(report_, cpu, boundaries_[n].rip, n == wrong ? ">" : "");
+  constexpr u32 most_listed = 64;
+  for (u32 n = count > most_listed ? count - most_listed : 0; n < count; ++n)
+    list_instruction(report_, cpu, boundaries_[n].rip, n == wrong ? ">" : "");
   report_.add("\n");
   if (astray) report_.add("The translator has gone elsewhere.\n\n");
   list_registers(report_, start_.state, expected_.state, translated, ignored);
@@ -349,7 +353,6 @@ void Lockstep::write_report(u32 count, u32 wrong) {
     }
   }
   report_.add("\n%llu instructions were the same before.\n", static_cast<unsigned long long>(counts_.instructions));
-  (void)!write(STDERR_FILENO, report_.c_str(), report_.size());
 }
 
 }  // namespace lockstep
