@@ -58,7 +58,8 @@ bool may_continue(const Decoded& d) {
 }
 
 /// Operands that the renaming can express: general and vector registers, at most one ordinary memory operand.
-bool operands_fit(const Decoded& d, bool& vector) {
+bool operands_fit(const Decoded& d, u8& vectors) {
+  if (d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX) vectors = all_vectors;
   unsigned memory = 0, spilled = 0;
   u32 seen = 0;
   bool high_byte = false;
@@ -75,9 +76,10 @@ bool operands_fit(const Decoded& d, bool& vector) {
         switch (ZydisRegisterGetClass(operand.reg.value)) {
           case ZYDIS_REGCLASS_XMM:
           case ZYDIS_REGCLASS_YMM:
-            if (ZydisRegisterGetId(operand.reg.value) > 15) return false;
-            vector = true;
+            if (vectors < first_vectors) vectors = first_vectors;
             break;
+          case ZYDIS_REGCLASS_ZMM:
+          case ZYDIS_REGCLASS_MASK: vectors = all_vectors; break;
           case ZYDIS_REGCLASS_FLAGS: break;
           default: return false;
         }
@@ -86,7 +88,7 @@ bool operands_fit(const Decoded& d, bool& vector) {
       case ZYDIS_OPERAND_TYPE_MEMORY:
         if (operand.mem.type != ZYDIS_MEMOP_TYPE_MEM || operand.encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM)
           return false;
-        if (operand.size > 256 || operand.size == 0) return false;
+        if (operand.size > 512 || operand.size == 0) return false;
         ++memory;
         break;
       case ZYDIS_OPERAND_TYPE_IMMEDIATE: break;
@@ -98,7 +100,7 @@ bool operands_fit(const Decoded& d, bool& vector) {
   return spilled <= (memory ? 1u : 2u);
 }
 
-Kind kind_of(const Decoded& d, bool supervisor, bool& vector) {
+Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
   const ZydisDecodedInstruction& i = d.instruction;
   const bool far = i.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR;
   const bool wide = i.operand_width == 64;
@@ -163,14 +165,14 @@ Kind kind_of(const Decoded& d, bool supervisor, bool& vector) {
       return i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ? Kind::nothing : Kind::step_and_end;
     default: break;
   }
-  const bool encodable =
-      i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY || i.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX;
+  const bool encodable = i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ||
+                         i.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX || i.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX;
   const bool fpu = i.meta.isa_ext == ZYDIS_ISA_EXT_X87 || i.meta.isa_ext == ZYDIS_ISA_EXT_MMX;
-  if (encodable && !fpu && runs_natively(d) && !has_own_handler(d.mnemonic()) && operands_fit(d, vector)) {
-    if (d.mnemonic() == ZYDIS_MNEMONIC_VZEROUPPER || d.mnemonic() == ZYDIS_MNEMONIC_VZEROALL) vector = true;
+  if (encodable && !fpu && runs_natively(d) && !has_own_handler(d.mnemonic()) && operands_fit(d, vectors)) {
+    if (d.mnemonic() == ZYDIS_MNEMONIC_VZEROUPPER || d.mnemonic() == ZYDIS_MNEMONIC_VZEROALL) vectors = first_vectors;
     return Kind::native;
   }
-  vector = false;
+  vectors = no_vectors;
   return may_continue(d) || runs_natively(d) ? Kind::step : Kind::step_and_end;
 }
 
@@ -178,7 +180,7 @@ Kind kind_of(const Decoded& d, bool supervisor, bool& vector) {
 
 Analysis analyse(const Decoded& d, bool supervisor) {
   Analysis result;
-  result.kind = kind_of(d, supervisor, result.vector);
+  result.kind = kind_of(d, supervisor, result.vectors);
   switch (result.kind) {
     case Kind::step:
     case Kind::want_vectors:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "engine/interpret/handlers.h"
+#include "engine/translate/context.h"
 
 namespace anykvm::engine::translate {
 
@@ -38,8 +39,8 @@ inline constexpr u32 all_flags = 0x8d5;
 struct Analysis {
   Kind kind = Kind::step_and_end;
   u32 flags_read = all_flags;
-  u32 flags_killed = 0;  ///< written whatever the operands
-  bool vector = false;   ///< needs the guest's vector registers
+  u32 flags_killed = 0;     ///< written whatever the operands
+  u8 vectors = no_vectors;  ///< the VectorLevel that it needs
 };
 
 /// supervisor: of code at CPL 0, else at CPL 3.

@@ -61,8 +61,7 @@ void Translation::collect() {
     }
     g.what = analyse(g.d, supervisor);
     if (request_.supervised && !is_repeatable(g.d)) g.what = {.kind = Kind::step_and_end};
-    if (g.what.vector && !request_.vectors_allowed) g.what = {.kind = Kind::step_and_end};
-    if (g.what.vector && !request_.mode.vectors) g.what = {.kind = Kind::want_vectors};
+    if (g.what.vectors > request_.mode.vectors) g.what = {.kind = Kind::want_vectors, .vectors = g.what.vectors};
     offset += g.d.instruction.length;
     g.next = u16(offset);
     ++count_;
@@ -375,7 +374,7 @@ void Translation::emit(unsigned n) {
     case Kind::step_and_end: step(g, true); break;
     case Kind::nothing: break;
     case Kind::want_vectors:
-      a_.move_immediate32(index_scratch, 1);
+      a_.move_immediate32(index_scratch, g.what.vectors);
       a_.context_op({0x89}, index_scratch, offsetof(Context, wants_vectors), -1, 0, false);
       to_page_offset(address_scratch, g.offset);
       a_.jump(leave());

@@ -13,7 +13,6 @@ struct BlockRequest {
   u64 address;      ///< host address that the guest knows it by
   unsigned offset;  ///< of the first instruction
   Mode mode;
-  bool vectors_allowed;  ///< CR0, CR4 and XCR0 let vector instructions run; else the reference engine decides
   const Stubs* stubs;
   CodeCache* cache;  ///< where direct jumps in the page may find their target
   unsigned limit = most_instructions;

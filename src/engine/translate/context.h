@@ -43,13 +43,21 @@ struct JumpCache {
 
 constexpr unsigned jump_slot(u64 rip) { return unsigned(rip >> 1) & (jump_entries - 1); }
 
-/// Translated code differs by whose rights it has and by whether the guest's vector registers are in the host's.
+/// Which of the guest's vector registers are in the host's while a block runs.
+enum VectorLevel : u8 {
+  no_vectors,
+  first_vectors,  ///< 0-15, MXCSR
+  all_vectors,    ///< 0-31, opmasks
+};
+inline constexpr unsigned vector_levels = 3;
+
+/// Translated code differs by whose rights it has and by which vector registers it finds.
 struct Mode {
-  static constexpr unsigned count = 6;
+  static constexpr unsigned count = 3 * vector_levels;
   x86::Privilege privilege;
-  bool vectors;
-  unsigned number() const { return unsigned(privilege) * 2 + vectors; }
-  static bool has_vectors(unsigned number) { return number % 2; }
+  u8 vectors;  ///< VectorLevel
+  unsigned number() const { return unsigned(privilege) * vector_levels + vectors; }
+  static unsigned vectors_of(unsigned number) { return number % vector_levels; }
 };
 
 struct Context {
@@ -72,7 +80,7 @@ struct Context {
   u64 target;  ///< a value kept while an address is checked
   u32 host_mxcsr;
   u32 faulted;        ///< left because the host raised an exception in the instruction that is next
-  u32 wants_vectors;  ///< left because the next instruction needs the vector registers
+  u32 wants_vectors;  ///< left because the next instruction needs this VectorLevel
 
   alignas(64) TlbEntry tlb[3][tlb_entries];
   JumpCache jumps[Mode::count];

@@ -95,6 +95,17 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
       a.bytes(0xc4, first, second);
       break;
     }
+    case ZYDIS_INSTRUCTION_ENCODING_EVEX: {
+      // R', X and B with a general register or a base that is none of the upper vector registers.
+      unsigned first = bytes[at + 1];
+      if (reg >= 0) first = with_bit(with_bit(first, 4, 1), 7, ~unsigned(reg) >> 3);
+      if (memory) first = with_bit(with_bit(first, 6, 1), 5, ~unsigned(renaming.memory_register) >> 3);
+      if (rm >= 0) first = with_bit(with_bit(first, 6, 1), 5, ~unsigned(rm) >> 3);
+      if (vvvv >= 0) return false;
+      a.bytes(0x62, first, bytes[at + 2], bytes[at + 3]);
+      at += 4;
+      break;
+    }
     default: return false;
   }
   if (!has_modrm) {

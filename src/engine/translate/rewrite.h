@@ -14,7 +14,7 @@ struct Renaming {
   int memory_register = -1;  ///< the memory operand becomes [register]
 };
 
-/// false: the instruction cannot be encoded so (EVEX, AH-DH together with a register that needs REX).
+/// false: the instruction cannot be encoded so (AH-DH together with a register that needs REX).
 bool rewrite(Assembler& a, const ZydisDecodedInstruction& instruction, std::span<const ZydisDecodedOperand> operands,
              const u8* bytes, const Renaming& renaming);
 

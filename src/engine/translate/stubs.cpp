@@ -10,20 +10,26 @@ constexpr Register rax = 0, rcx = 1, rdx = 2, rbx = 3, rbp = 5, rsi = 6, rdi = 7
 constexpr u32 gpr_at = offsetof(x86::CpuState, gpr), rip_at = offsetof(x86::CpuState, rip);
 constexpr u32 flags_at = offsetof(x86::CpuState, arithmetic);
 constexpr u32 vector_at = offsetof(x86::CpuState, fpu) + offsetof(x86::FpuState, vector);
+constexpr u32 opmask_at = offsetof(x86::CpuState, fpu) + offsetof(x86::FpuState, opmask);
 constexpr u32 mxcsr_at = offsetof(x86::CpuState, fpu) + offsetof(x86::FpuState, mxcsr);
 
 constexpr u32 at_state = offsetof(Context, state);
 
-/// Moves xmm/ymm/zmm 0-15: opcode 0x10 loads, 0x11 stores.
-void move_vectors(Assembler& a, unsigned opcode, Register base, bool whole) {
-  for (unsigned n = 0; n < 16; ++n) {
-    const unsigned not_r = (~n >> 3 & 1) << 7, not_b = (~base >> 3 & 1) << 5;
+/// Moves the vector registers of a level: opcode 0x10 loads, 0x11 stores. whole: zmm, not only ymm.
+void move_vectors(Assembler& a, unsigned level, unsigned opcode, Register base, bool whole) {
+  const unsigned not_b = (~base >> 3 & 1) << 5;
+  for (unsigned n = 0; n < (level == all_vectors ? 32 : 16); ++n) {
+    const unsigned not_r = (~n >> 3 & 1) << 7, not_r4 = (~n >> 4 & 1) << 4;
     if (whole)
-      a.bytes(0x62, not_r | 0x40 | not_b | 0x10 | 0x01, 0x7c, 0x48, opcode);
+      a.bytes(0x62, not_r | 0x40 | not_b | not_r4 | 0x01, 0x7c, 0x48, opcode);
     else
       a.bytes(0xc4, not_r | 0x40 | not_b | 0x01, 0x7c, opcode);
     a.byte(0x80 | (n & 7) << 3 | (base & 7));
     a.dword(vector_at + n * 64);
+  }
+  for (unsigned n = 0; level == all_vectors && n < 8; ++n) {
+    a.bytes(0xc4, 0x80 | 0x40 | not_b | 0x01, 0xf8, opcode + 0x80);  // kmovq
+    a.address(n, base, s32(opmask_at + n * 8));
   }
 }
 
@@ -39,7 +45,7 @@ void mxcsr_context(Assembler& a, unsigned extension, u32 offset) {
 }
 
 /// Guest registers and flags to the state. Only the address scratch is used; RIP is the caller's.
-void save_guest(Assembler& a, bool vectors, bool whole) {
+void save_guest(Assembler& a, unsigned vectors, bool whole) {
   // Flags first: nothing before touches them.
   a.load(index_scratch, at_state);
   for (unsigned guest = 0; guest < 16; ++guest)
@@ -52,17 +58,17 @@ void save_guest(Assembler& a, bool vectors, bool whole) {
     a.store_to(index_scratch, s32(gpr_at + guest * 8), rax);
   }
   if (vectors) {
-    move_vectors(a, 0x11, index_scratch, whole);
+    move_vectors(a, vectors, 0x11, index_scratch, whole);
     mxcsr_op(a, 3, index_scratch, mxcsr_at);
     mxcsr_context(a, 2, offsetof(Context, host_mxcsr));
   }
   a.byte(0xfc);  // cld
 }
 
-void load_guest(Assembler& a, bool vectors, bool whole) {
+void load_guest(Assembler& a, unsigned vectors, bool whole) {
   a.load(index_scratch, at_state);
   if (vectors) {
-    move_vectors(a, 0x10, index_scratch, whole);
+    move_vectors(a, vectors, 0x10, index_scratch, whole);
     mxcsr_op(a, 2, index_scratch, mxcsr_at);
   }
   for (unsigned guest = 13; guest < 16; ++guest) {
@@ -97,7 +103,7 @@ void return_to_host(Assembler& a, bool vectors) {
 
 Stubs emit_stubs(Assembler& a, bool whole) {
   Stubs stubs{};
-  for (unsigned vectors = 0; vectors < 2; ++vectors) {
+  for (unsigned vectors = 0; vectors < vector_levels; ++vectors) {
     stubs.enter[vectors] = reinterpret_cast<void (*)(Context*)>(a.here());
     for (Register reg : callee_saved) a.push(reg);
     a.store(offsetof(Context, host_stack), host_rsp);
@@ -123,14 +129,14 @@ Stubs emit_stubs(Assembler& a, bool whole) {
       return a.jump_if_later(4);  // je
     };
     u8* const same = is(Next::same_block);
-    u8* const enter = is(Next::enter);
-    u8* const enter_with_vectors = is(Next::enter_with_vectors);
+    u8* enter[vector_levels];
+    for (unsigned next = 0; next < vector_levels; ++next) enter[next] = is(Next(unsigned(Next::enter) + next));
     return_to_host(a, false);
     a.aim(same);
     load_guest(a, vectors, whole);
     a.ret();
-    for (unsigned next_vectors = 0; next_vectors < 2; ++next_vectors) {
-      a.aim(next_vectors ? enter_with_vectors : enter);
+    for (unsigned next_vectors = 0; next_vectors < vector_levels; ++next_vectors) {
+      a.aim(enter[next_vectors]);
       a.pop(rax);  // the way back into the block
       load_guest(a, next_vectors, whole);
       jump_to_block(a);
@@ -166,7 +172,7 @@ Stubs emit_stubs(Assembler& a, bool whole) {
   restore();
   a.ret();
 
-  for (unsigned vectors = 0; vectors < 2; ++vectors) {
+  for (unsigned vectors = 0; vectors < vector_levels; ++vectors) {
     stubs.find[vectors] = a.here();
     a.push(rax);  // where fill has a return address: the stack is aligned alike
     save();

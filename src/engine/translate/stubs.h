@@ -7,21 +7,21 @@ namespace anykvm::engine::translate {
 
 struct Stubs {
   /// Loads the guest's registers and jumps to Context::enter_at.
-  void (*enter[2])(Context*);
+  void (*enter[vector_levels])(Context*);
   /// Jump here with the guest's RIP in the address scratch register: stores the guest's registers and returns from
   /// enter.
-  u8* leave[2];
+  u8* leave[vector_levels];
   /// Call here with a StepRequest in the address scratch register: the reference engine executes the instruction.
   /// Returns when the guest goes on behind it in the same block, else goes on elsewhere or leaves.
-  u8* step[2];
+  u8* step[vector_levels];
   /// Jump here with a guest RIP that the jump cache does not have in the address scratch register: goes on there when
   /// there is a block, else leaves. Keeps every register and the flags.
-  u8* find[2];
+  u8* find[vector_levels];
   /// Call here with a guest address in the address scratch register and FillRequest in the index scratch register.
   /// Returns behind the call when the TLB has been refilled, else 5 bytes further. Keeps every register and the flags.
   u8* fill;
 };
-// [0]: the vector registers are the host's own; [1]: they are the guest's.
+// By VectorLevel of the block.
 
 /// An instruction for the reference engine.
 struct StepRequest {
@@ -37,10 +37,9 @@ struct StepRequest {
 
 /// Where the guest goes on after a step.
 enum class Next : u8 {
-  leave,               ///< the run loop decides
-  same_block,          ///< behind the instruction
-  enter,               ///< at Context::enter_at, without the vector registers
-  enter_with_vectors,  ///< ... with them
+  leave,       ///< the run loop decides
+  same_block,  ///< behind the instruction
+  enter,       ///< at Context::enter_at with no_vectors; the numbers behind it: with the other VectorLevels
 };
 
 /// What a TLB refill is asked for.

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -78,11 +79,16 @@ Translator::Translator() : reference_(make_interpreter()) {
 
 Translator::~Translator() { munmap(context_, sizeof(Context)); }
 
-bool Translator::vectors_allowed() const {
+/// The VectorLevel that CR0, CR4 and XCR0 let a block have.
+u8 Translator::vectors_allowed() const {
   const x86::CpuState& s = cpu_->state;
-  constexpr u64 needed = x86::xfeature::sse | x86::xfeature::avx;
-  return !(s.cr0 & (x86::cr0::em | x86::cr0::ts)) && s.cr4 & x86::cr4::osfxsr && s.cr4 & x86::cr4::osxsave &&
-         (s.xcr0 & needed) == needed;
+  namespace xf = x86::xfeature;
+  constexpr u64 needed = xf::sse | xf::avx, needed_for_all = needed | xf::opmask | xf::zmm_hi256 | xf::hi16_zmm;
+  if (s.cr0 & (x86::cr0::em | x86::cr0::ts) || !(s.cr4 & x86::cr4::osfxsr) || !(s.cr4 & x86::cr4::osxsave) ||
+      (s.xcr0 & needed) != needed)
+    return no_vectors;
+  return (s.xcr0 & needed_for_all) == needed_for_all && x86::supports(x86::Feature::avx512bw) ? all_vectors
+                                                                                              : first_vectors;
 }
 
 bool Translator::translatable() const {
@@ -169,7 +175,6 @@ Block* Translator::make_block(CodePage& page, u64 address, Mode mode) {
                              .address = page.address,
                              .offset = unsigned(address & ~page_mask),
                              .mode = mode,
-                             .vectors_allowed = vectors_allowed(),
                              .stubs = &stubs_,
                              .cache = &cache_,
                              .limit = block_limit_,
@@ -237,7 +242,7 @@ Next Translator::step_in_block(u64 request) {
   refresh_segments();
   const bool same = cpu_->exit.kind == ExitKind::none && s.rip == context_->page_base + StepRequest::next(request) &&
                     translatable() && cpu_->data_privilege == mode_.privilege && !code_dropped_ &&
-                    cpu_->mmu.flush_count() == flushes_seen_ && (!mode_.vectors || vectors_allowed());
+                    cpu_->mmu.flush_count() == flushes_seen_ && mode_.vectors <= vectors_allowed();
   return same ? Next::same_block : go_on();
 }
 
@@ -256,17 +261,17 @@ Next Translator::go_on() {
   context_->enter_at = jumps.code[slot];
   context_->page_base = jumps.page_base[slot];
   refresh_segments();
-  return mode.vectors ? Next::enter_with_vectors : Next::enter;
+  return Next(unsigned(Next::enter) + mode.vectors);
 }
 
 /// Kernels hardly use the vector registers: their code begins without. User code has them if it had them last.
-Mode Translator::next_mode(bool wants_vectors) {
+Mode Translator::next_mode(u8 wants_vectors) {
   Mode mode = mode_;
   if (mode.privilege != cpu_->data_privilege) {
     if (mode.privilege == x86::Privilege::user) user_vectors_ = mode.vectors;
-    mode = {cpu_->data_privilege, cpu_->data_privilege == x86::Privilege::user && user_vectors_};
+    mode = {cpu_->data_privilege, cpu_->data_privilege == x86::Privilege::user ? user_vectors_ : u8(no_vectors)};
   }
-  mode.vectors = (mode.vectors || wants_vectors) && vectors_allowed();
+  mode.vectors = std::min(std::max(mode.vectors, wants_vectors), vectors_allowed());
   return mode;
 }
 
@@ -279,7 +284,7 @@ bool Translator::recover(void* ucontext) {
   if (offset < 0) return false;
   static_assert(address_scratch == 14);
   registers[REG_R14] = greg_t(context_->page_base + unsigned(offset));
-  registers[REG_RIP] = reinterpret_cast<greg_t>(stubs_.leave[Mode::has_vectors(block->mode)]);
+  registers[REG_RIP] = reinterpret_cast<greg_t>(stubs_.leave[Mode::vectors_of(block->mode)]);
   context_->faulted = 1;
   return true;
 }
@@ -358,19 +363,19 @@ bool Translator::run_once() {
   }
   follow_flushes();
   const unsigned mode_before = mode_.number();
-  if (mode_.privilege != cpu_->data_privilege) mode_ = {cpu_->data_privilege, false};
-  const bool allowed = vectors_allowed();
-  const bool wants_vectors = context_->wants_vectors;
-  context_->wants_vectors = 0;
-  mode_.vectors = allowed && (mode_.vectors || wants_vectors);
+  const u8 wants_vectors = u8(std::exchange(context_->wants_vectors, 0));
+  mode_ = next_mode(wants_vectors);
   const u64 link_site = mode_.number() == mode_before ? context_->link_site : 0;
   // An instruction in which the host raised an exception: the reference engine finds out why, and what the guest
   // gets.
   const bool faulted = std::exchange(context_->faulted, 0);
-  Block* block = translatable() && (allowed || !wants_vectors) && !faulted ? block_at_rip() : nullptr;
+  Block* block = translatable() && mode_.vectors >= wants_vectors && !faulted ? block_at_rip() : nullptr;
   if (!block) {
     context_->link_site = 0;
-    if (may_step()) reference_->step(*cpu_);
+    if (may_step()) {
+      ++steps_[ZYDIS_MNEMONIC_INVALID];
+      reference_->step(*cpu_);
+    }
     serialized_ = true;
     return cpu_->exit.kind == ExitKind::none;
   }

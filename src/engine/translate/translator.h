@@ -55,8 +55,8 @@ class Translator final : public Engine {
   bool may_step() const { return !supervision_ || supervision_->may_step(supervision_->arg); }
   /// Where to go on, with the state complete, without a way through the run loop if possible.
   Next go_on();
-  bool vectors_allowed() const;
-  Mode next_mode(bool wants_vectors);
+  u8 vectors_allowed() const;
+  Mode next_mode(u8 wants_vectors);
   void follow_flushes();
   void flush_tlb();
   void flush_jumps();
@@ -84,7 +84,7 @@ class Translator final : public Engine {
   unsigned block_limit_ = most_instructions;
   bool in_run_ = false;
   SharedCode shared_;
-  bool user_vectors_ = false;                     ///< user code had the vector registers when it was left
+  u8 user_vectors_ = no_vectors;                  ///< user code had the vector registers when it was left
   bool serialized_ = false;                       ///< the guest has executed an instruction that serializes, perhaps
   bool code_dropped_ = false;                     ///< the block that runs may be gone
   u64 steps_[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {};  ///< of the reference engine, by mnemonic
