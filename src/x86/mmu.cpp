@@ -48,23 +48,9 @@ Mmu::Mmu() {
 
 Mmu::~Mmu() { munmap(table_, table_bytes + global_bytes); }
 
-/// A global page's entry that another address space has made becomes the current one's. All tags of an entry have one
-/// generation.
-bool Mmu::revive_global(unsigned privilege, unsigned slot, Gva page) {
-  if (global_[privilege][slot] != global_generation_) return false;
-  TlbEntry& entry = table_[privilege][slot];
-  if (((entry.read | entry.write | entry.fetch) & page_mask) != page) return false;
-  for (u64* tag : {&entry.read, &entry.write, &entry.fetch})
-    if (*tag) *tag = page | generation_;
-  return true;
-}
-
 Result Mmu::translate(Cpu& cpu, Gva gva, Access access, Privilege privilege, Translation& out, bool is_stack) {
   if (privilege == Privilege::user_aligned) privilege = Privilege::user;
-  u8* known = lookup(gva, 1, access, privilege);
-  if (!known && revive_global(unsigned(privilege), slot(gva), gva & page_mask))
-    known = lookup(gva, 1, access, privilege);
-  if (known) {
+  if (u8* known = find(gva, 1, access, privilege)) {
     // The physical address is of no use to whoever gets a host pointer; only MMIO needs it, and is never in the TLB.
     out = {0, known};
     return Result::ok;

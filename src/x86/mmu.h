@@ -45,6 +45,13 @@ class Mmu {
     return reinterpret_cast<u8*>(gva + e.addend);
   }
 
+  /// The same; an entry of a global page that another address space has made becomes the current one's first.
+  u8* find(Gva gva, unsigned size, Access access, Privilege privilege) {
+    if (u8* host = lookup(gva, size, access, privilege)) return host;
+    return revive_global(unsigned(privilege), slot(gva), gva & page_mask) ? lookup(gva, size, access, privilege)
+                                                                          : nullptr;
+  }
+
   struct Translation {
     Gpa gpa = 0;         ///< of the byte; only meaningful when host is nullptr
     u8* host = nullptr;  ///< of the byte; nullptr: MMIO
@@ -92,7 +99,15 @@ class Mmu {
 
   u64 new_generation();
   void clear_tables();
-  bool revive_global(unsigned privilege, unsigned slot, Gva page);
+  /// All tags of an entry have one generation.
+  bool revive_global(unsigned privilege, unsigned slot, Gva page) {
+    if (global_[privilege][slot] != global_generation_) return false;
+    TlbEntry& entry = table_[privilege][slot];
+    if (((entry.read | entry.write | entry.fetch) & page_mask) != page) return false;
+    for (u64* tag : {&entry.read, &entry.write, &entry.fetch})
+      if (*tag) *tag = page | generation_;
+    return true;
+  }
 
   Table* table_;         ///< [4], mapped lazily so that an idle CPU costs no memory
   GlobalTable* global_;  ///< [4]: the global generation under which an entry was made of a global page; 0: it was not

@@ -10,6 +10,7 @@
 
 #include "engine/engine.h"
 #include "vcpu/test_machine.h"
+#include "x86/cpuid.h"
 
 namespace anykvm {
 namespace {
@@ -253,6 +254,8 @@ class TranslatorAgainstReference : public TestMachine {
   TranslatorAgainstReference() { engine::set_default_kind(engine::Kind::interpret); }
   ~TranslatorAgainstReference() override { engine::set_default_kind(engine::Kind::interpret); }
 
+  u64 xcr0 = 0;  ///< of the guest; 0: no vector registers
+
   void compare(std::initializer_list<u8> code) {
     kvm_regs found[2];
     std::vector<u8> memory[2];
@@ -264,6 +267,14 @@ class TranslatorAgainstReference : public TestMachine {
       start_long_mode(vcpu, code);
       kvm_mp_state runnable{.mp_state = KVM_MP_STATE_RUNNABLE};
       ASSERT_EQ(vcpu.set_mp_state(runnable), 0);
+      if (xcr0) {
+        kvm_sregs sregs;
+        ASSERT_EQ(vcpu.get_sregs(sregs), 0);
+        sregs.cr4 |= 0x40600;  // OSFXSR, OSXMMEXCPT, OSXSAVE
+        ASSERT_EQ(vcpu.set_sregs(sregs), 0);
+        kvm_xcrs xcrs{.nr_xcrs = 1, .flags = 0, .xcrs = {{.xcr = 0, .reserved = 0, .value = xcr0}}, .padding = {}};
+        ASSERT_EQ(vcpu.set_xcrs(xcrs), 0);
+      }
       ASSERT_EQ(vcpu.run(), 0);
       ASSERT_EQ(run(n).exit_reason, KVM_EXIT_HLT);
       found[n] = regs(n);
@@ -355,6 +366,33 @@ TEST_F(TranslatorAgainstReference, JumpsInTheMiddleOfABlock) {
       0xf4,                    // hlt
       0x0f, 0x92, 0xc2,        // over: setc dl
       0xf4,                    // hlt
+  });
+}
+
+TEST_F(TranslatorAgainstReference, Avx512) {
+  if (!x86::supports(x86::Feature::avx512bw)) GTEST_SKIP() << "no AVX-512 here";
+  xcr0 = 0xe7;
+  compare({
+      0xbb, 0x00, 0x90, 0x00, 0x00,                                // mov    ebx,0x9000
+      0x41, 0xbd, 0x00, 0x91, 0x00, 0x00,                          // mov    r13d,0x9100
+      0x41, 0xbe, 0x78, 0x56, 0x34, 0x12,                          // mov    r14d,0x12345678
+      0x48, 0xb8, 0x69, 0x96, 0x3c, 0xc3, 0xf0, 0x0f, 0x5a, 0x5a,  // movabs rax,0x5a5a0ff0c33c9669
+      0xc4, 0xe1, 0xfb, 0x92, 0xc8,                                // kmovq  k1,rax
+      0x62, 0xe1, 0xfe, 0x48, 0x6f, 0x0b,                          // vmovdqu64 zmm17,ZMMWORD PTR [rbx]
+      0x62, 0xe1, 0x75, 0xc1, 0xfe, 0x63, 0x01,                    // vpaddd zmm20{k1}{z},zmm17,ZMMWORD PTR [rbx+0x40]
+      0x62, 0xd1, 0x75, 0x40, 0x74, 0x55, 0xfc,                    // vpcmpeqb k2,zmm17,ZMMWORD PTR [r13-0x100]
+      0xc4, 0xe1, 0xfb, 0x93, 0xca,                                // kmovq  rcx,k2
+      0x62, 0xd2, 0x7d, 0x48, 0x7c, 0xee,                          // vpbroadcastd zmm5,r14d
+      0x62, 0xd1, 0x55, 0x58, 0xfe, 0x75, 0x01,                    // vpaddd zmm6,zmm5,DWORD BCST [r13+0x4]
+      0x62, 0xe1, 0x7f, 0x49, 0x7f, 0xa3, 0x81, 0x00, 0x00, 0x00,  // vmovdqu8 ZMMWORD PTR [rbx+0x81]{k1},zmm20
+      0x62, 0xf1, 0xfe, 0x48, 0x7f, 0x73, 0x04,                    // vmovdqu64 ZMMWORD PTR [rbx+0x100],zmm6
+      0x62, 0x22, 0x75, 0x40, 0x8d, 0xfc,                          // vpermb zmm31,zmm17,zmm20
+      0x62, 0x41, 0x8f, 0x00, 0x2a, 0xf6,                          // vcvtsi2sd xmm30,xmm30,r14
+      0x62, 0x11, 0xff, 0x08, 0x2c, 0xfe,                          // vcvttsd2si r15,xmm30
+      0x62, 0x63, 0x7d, 0x48, 0x39, 0xf9, 0x03,                    // vextracti32x4 xmm1,zmm31,0x3
+      0xc5, 0xfa, 0x7f, 0x8b, 0x40, 0x01, 0x00, 0x00,              // vmovdqu XMMWORD PTR [rbx+0x140],xmm1
+      0x62, 0x61, 0xfd, 0x48, 0x7f, 0x7b, 0x30,                    // vmovdqa64 ZMMWORD PTR [rbx+0xc00],zmm31
+      0xf4,                                                        // hlt
   });
 }
 

@@ -142,7 +142,7 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
     case ZYDIS_MNEMONIC_MOV:
       if (d.is_register(0) && general_register(d.operands[0]) >= 0 && d.is_register(1) &&
           d.register_class(1) == ZYDIS_REGCLASS_SEGMENT)
-        return d.operands[0].size >= 32 ? Kind::move_from_segment : Kind::step;
+        return Kind::move_from_segment;
       break;
     case ZYDIS_MNEMONIC_CLD: return Kind::clear_flag;
     case ZYDIS_MNEMONIC_CLI: return supervisor ? Kind::clear_flag : Kind::step;

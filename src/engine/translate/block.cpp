@@ -16,16 +16,22 @@ bool decode_at(const u8* page, unsigned offset, Decoded& d) {
   return ZYAN_SUCCESS(decode_instruction(page + offset, available, 64, d));
 }
 
+/// The lines of the page that [offset, offset + length) lies in.
+u64 lines_of(unsigned offset, unsigned length) {
+  return 1ull << offset / line_bytes | 1ull << (offset + length - 1) / line_bytes;
+}
+
 bool ends_block(Kind kind) {
   return kind == Kind::step_and_end || kind == Kind::want_vectors || (kind >= Kind::jump && kind != Kind::jump_if);
 }
 
 /// Whether all flags are overwritten from here on before any is read, as far as a few instructions show.
-bool flags_dead_at(const u8* page, s64 offset, bool supervisor) {
+bool flags_dead_at(const u8* page, s64 offset, bool supervisor, u64& lines) {
   u32 live = all_flags;
   for (unsigned n = 0; n < 4 && offset >= 0; ++n) {
     Decoded d;
     if (!decode_at(page, unsigned(offset), d)) return false;
+    lines |= lines_of(unsigned(offset), d.instruction.length);
     const Analysis what = analyse(d, supervisor);
     if (what.flags_read & live) return false;
     live &= ~what.flags_killed;
@@ -52,6 +58,7 @@ void Translation::collect() {
       // Undefined, or it continues on the next page: the reference engine knows.
       if (count_ == 0) {
         g.d.instruction.mnemonic = ZYDIS_MNEMONIC_INVALID;
+        lines_ |= lines_of(offset, unsigned(page_size) - offset < 15 ? unsigned(page_size) - offset : 15);
         g.what = {};
         g.next = u16(offset);
         ++count_;
@@ -59,6 +66,7 @@ void Translation::collect() {
       }
       break;
     }
+    lines_ |= lines_of(offset, g.d.instruction.length);
     g.what = analyse(g.d, supervisor);
     if (request_.supervised && !is_repeatable(g.d)) g.what = {.kind = Kind::step_and_end};
     if (g.what.vectors > request_.mode.vectors) g.what = {.kind = Kind::want_vectors, .vectors = g.what.vectors};
@@ -84,7 +92,9 @@ void Translation::collect() {
 
   // Flags that are live behind the block: those that its successors may read.
   const Guest& last = guests_[count_ - 1];
-  const auto dead = [&](s32 target) { return in_page(target) && flags_dead_at(request_.page, target, supervisor); };
+  const auto dead = [&](s32 target) {
+    return in_page(target) && flags_dead_at(request_.page, target, supervisor, lines_);
+  };
   u32 live = all_flags;
   if (falls_through_ && dead(falls_to_)) live = 0;
   if (last.what.kind == Kind::jump && dead(branch_target(last))) live = 0;
@@ -509,7 +519,7 @@ BlockCode Translation::run() {
     a_.dword(place.code | u32(place.offset) << 16);
   }
   if (a_.overflowed() || out_of_room_) return {};
-  return {a_.here(), code_bytes, count_};
+  return {a_.here(), code_bytes, count_, lines_};
 }
 
 BlockCode translate_block(const BlockRequest& request, u8* at, u8* end) {

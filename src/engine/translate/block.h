@@ -24,6 +24,7 @@ struct BlockCode {
   u8* end = nullptr;  ///< behind all of it; nullptr: there was no room
   u32 code_bytes = 0;
   u32 instructions = 0;
+  u64 lines = 0;  ///< of 64 bytes of the page that it depends on: bit 0 the first
 };
 
 /// Emits the block at [at, end).

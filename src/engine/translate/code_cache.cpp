@@ -71,10 +71,26 @@ CodePage* CodeCache::page_for(u64 address) {
 }
 
 void CodeCache::take_copy(CodePage& page) {
-  std::memcpy(copies_ + (&page - pages_) * page_size, reinterpret_cast<const void*>(page.address), page_size);
+  u8* const copy = copies_ + (&page - pages_) * page_size;
+  for (unsigned line = 0; line < page_size / line_bytes; ++line)
+    if (!(page.lines >> line & 1))
+      std::memcpy(copy + line * line_bytes, reinterpret_cast<const u8*>(page.address) + line * line_bytes, line_bytes);
 }
 
-Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, std::size_t used, u32 code_bytes, u32 instructions) {
+bool CodeCache::is_unchanged(const CodePage& page) const {
+  const auto now = reinterpret_cast<const volatile u64*>(page.address);
+  const auto then = reinterpret_cast<const u64*>(copy_of(page));
+  for (u64 lines = page.lines; lines; lines &= lines - 1) {
+    const unsigned first = unsigned(__builtin_ctzll(lines)) * line_bytes / 8;
+    u64 differences = 0;
+    for (unsigned n = first; n < first + line_bytes / 8; ++n) differences |= now[n] ^ then[n];
+    if (differences) return false;
+  }
+  return true;
+}
+
+Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, std::size_t used, u32 code_bytes, u32 instructions,
+                      u64 lines) {
   if (block_count_ == max_blocks) return nullptr;
   u32 slot = block_slot(address, mode);
   while (block_index_[slot] && block_index_[slot] != removed) slot = (slot + 1) % block_slots;
@@ -87,6 +103,7 @@ Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, std::size_t us
            .instructions = u16(instructions),
            .mode = u8(mode)};
   page.first_block = block_count_++;
+  page.lines |= lines;
   code_used_ += (used + 15) & ~std::size_t(15);
   return &block;
 }
@@ -128,6 +145,7 @@ void CodeCache::drop(CodePage& page) {
       }
   }
   page.first_block = 0;
+  page.lines = 0;
   const u64 now = __rdtsc();
   if (now - page.since > rewrites_window) {
     page.since = now;

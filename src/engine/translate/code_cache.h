@@ -21,12 +21,15 @@ struct PlaceInBlock {
   u16 offset;  ///< in the guest's page
 };
 
+inline constexpr unsigned line_bytes = 64;
+
 /// A page of guest code that has blocks. `copy` is what they were made from.
 struct CodePage {
   u64 address = 0;
   u32 first_block = 0;  ///< 0: none
   u32 rewritten = 0;    ///< how often its blocks had to be dropped since then:
   u64 since = 0;        ///< TSC
+  u64 lines = 0;        ///< which of its 64-byte lines the blocks were made from
   u64 verified = 0;     ///< the epoch in which the copy was last compared with memory
 };
 
@@ -48,9 +51,13 @@ class CodeCache {
   CodePage* page_for(u64 address);
   CodePage* find_page(u64 address);
   const u8* copy_of(const CodePage& page) const { return copies_ + (&page - pages_) * page_size; }
+  /// Copies the page but for the lines that have become blocks.
   void take_copy(CodePage& page);
+  /// Whether what the blocks were made from is still there.
+  bool is_unchanged(const CodePage& page) const;
   /// Registers code emitted at free_code(); `used` bytes of it are taken, of which `code_bytes` are code.
-  Block* add(CodePage& page, u64 address, unsigned mode, std::size_t used, u32 code_bytes, u32 instructions);
+  /// `lines` of the page went into it.
+  Block* add(CodePage& page, u64 address, unsigned mode, std::size_t used, u32 code_bytes, u32 instructions, u64 lines);
   /// The block, dropped or not, that has its code at `host`; nullptr: none. Async-signal-safe.
   const Block* block_with(const u8* host) const;
   /// The offset in its page of the guest instruction whose hot code is at `host`; -1: none. Async-signal-safe.

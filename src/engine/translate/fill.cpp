@@ -29,10 +29,14 @@ bool Translator::find(u64 rip) {
     return false;
   const x86::Privilege privilege =
       mode_.privilege == x86::Privilege::user ? x86::Privilege::user : cpu_->system_privilege;
-  const u8* host = cpu_->mmu.lookup(rip, 1, x86::Access::fetch, privilege);
+  const u8* host = cpu_->mmu.find(rip, 1, x86::Access::fetch, privilege);
   if (!host) return false;
-  const CodePage* page = cache_.find_page(u64(host) & page_mask);
-  if (!page || page->verified != epoch_) return false;
+  CodePage* page = cache_.find_page(u64(host) & page_mask);
+  if (!page || !page->first_block) return false;
+  if (page->verified != epoch_) {
+    if (!SharedCode::is_watched(page->address) || !cache_.is_unchanged(*page)) return false;
+    page->verified = epoch_;
+  }
   const Block* block = cache_.find(u64(host), mode_.number());
   if (!block) return false;
   note_jump(rip, *block);
@@ -46,8 +50,7 @@ bool Translator::fill(Gva address, u32 request) {
   const bool write = FillRequest::write(request);
   const x86::Privilege privilege = FillRequest::privilege(request);
   if (mode_.privilege != privilege) return false;
-  const u8* host =
-      cpu_->mmu.lookup(address, FillRequest::size(request), write ? Access::write : Access::read, privilege);
+  const u8* host = cpu_->mmu.find(address, FillRequest::size(request), write ? Access::write : Access::read, privilege);
   if (!host) return false;
   const unsigned slot = address >> 12 & (tlb_entries - 1);
   TlbEntry& entry = context_->tlb[unsigned(privilege)][slot];

@@ -87,6 +87,8 @@ void SharedCode::written(u64 page) {
   tell_others();
 }
 
+bool SharedCode::is_watched(u64 page) { return state_of(page).load() == is_code; }
+
 bool SharedCode::watch(u64 page) {
   std::atomic<u8>& state = state_of(page);
   if (state.load() == is_code || state.exchange(is_code) != is_writable) return false;

@@ -33,6 +33,8 @@ class SharedCode {
   /// From now on stores to the page will be told. Comes before its bytes are read, or compared. true: this vCPU's own
   /// TLB may let some through and must be flushed.
   [[nodiscard]] bool watch(u64 page);
+  /// Whether watch() would find nothing to do.
+  [[nodiscard]] static bool is_watched(u64 page);
   /// Whether the TLB may let stores through to pages that others have begun to watch: flush it, and tell_others().
   [[nodiscard]] bool must_flush();
   /// Whether code may have been written that was not told of before. serialized: the guest has executed an instruction

@@ -58,11 +58,18 @@ void Translation::emit_move_from_segment(const Guest& g) {
   const unsigned to = unsigned(general_register(g.d.operands[0]));
   const auto segment = unsigned(ZydisRegisterGetId(g.d.operands[1].reg.value));
   a_.load(index_scratch, at_state);
-  const Register reg = in_context(to) ? index_scratch : home(to);
+  const bool narrow = g.d.operands[0].size == 16;  // the rest of the register stays
+  const Register reg = in_context(to) || narrow ? index_scratch : home(to);
   a_.load_word(
       reg, index_scratch,
       s32(offsetof(x86::CpuState, segment) + segment * sizeof(x86::Segment) + offsetof(x86::Segment, selector)));
-  if (in_context(to)) a_.store(spill_slot(to), reg);
+  if (in_context(to)) {
+    if (narrow) a_.byte(0x66);
+    a_.context_op({0x89}, reg, spill_slot(to), -1, 0, !narrow);
+  } else if (narrow) {
+    a_.byte(0x66);
+    a_.move32(home(to), reg);
+  }
 }
 
 /// The register numbers a bit from the operand's first, before it or far behind: the address is that of the word that

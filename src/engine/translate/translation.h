@@ -91,6 +91,7 @@ class Translation {
   const u8* after_[most_instructions] = {};  ///< where the code of the next instruction begins
   Cold cold_[most_instructions * 4];
   unsigned cold_count_ = 0;
+  u64 lines_ = 0;  ///< of the page that the block depends on
   bool out_of_room_ = false;
   bool falls_through_ = false;
   s32 falls_to_ = 0;  ///< offset in the page

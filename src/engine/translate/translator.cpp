@@ -183,7 +183,8 @@ Block* Translator::make_block(CodePage& page, u64 address, Mode mode) {
   const BlockCode made = translate_block(request, code, cache_.code_end());
   if (!made.end) return nullptr;
   if (supervision_) supervision_->made(supervision_->arg, code, code + made.code_bytes);
-  return cache_.add(page, address, mode.number(), std::size_t(made.end - code), made.code_bytes, made.instructions);
+  return cache_.add(page, address, mode.number(), std::size_t(made.end - code), made.code_bytes, made.instructions,
+                    made.lines);
 }
 
 Block* Translator::block_at_rip() {
@@ -205,7 +206,7 @@ Block* Translator::block_at_rip() {
       follow_flushes();
     }
     if (page && page->first_block && page->verified != epoch_) {
-      if (std::memcmp(cache_.copy_of(*page), reinterpret_cast<const void*>(page->address), page_size)) {
+      if (!cache_.is_unchanged(*page)) {
         cache_.drop(*page);
         flush_jumps();
       }
@@ -213,10 +214,8 @@ Block* Translator::block_at_rip() {
     }
     Block* block = page ? cache_.find(address, mode_.number()) : nullptr;
     if (page && !block) {
-      if (!page->first_block) {
-        cache_.take_copy(*page);
-        page->verified = epoch_;
-      }
+      cache_.take_copy(*page);
+      if (!page->first_block) page->verified = epoch_;
       block = make_block(*page, address, mode_);
     }
     if (block) {
@@ -253,13 +252,16 @@ Next Translator::go_on() {
     return Next::leave;
   follow_flushes();
   const Mode mode = next_mode(false);
+  mode_ = mode;
   const JumpCache& jumps = context_->jumps[mode.number()];
   const unsigned slot = jump_slot(cpu.state.rip);
-  if (jumps.minus_rip[slot] + cpu.state.rip != 0) return Next::leave;
-  mode_ = mode;
+  if (jumps.minus_rip[slot] + cpu.state.rip == 0) {
+    context_->enter_at = jumps.code[slot];
+    context_->page_base = jumps.page_base[slot];
+  } else if (!find(cpu.state.rip)) {
+    return Next::leave;
+  }
   code_dropped_ = false;
-  context_->enter_at = jumps.code[slot];
-  context_->page_base = jumps.page_base[slot];
   refresh_segments();
   return Next(unsigned(Next::enter) + mode.vectors);
 }
