@@ -71,7 +71,7 @@ Memory run_qemu_once(const Guest& guest, End& end) {
   std::memcpy(&bios[0xfff0], jump, sizeof jump);
   std::ofstream(base + "/bios", std::ios::binary).write(reinterpret_cast<const char*>(bios.data()), s64(bios.size()));
   const std::string command =
-      "timeout 10 qemu-system-x86_64 -accel tcg -cpu " + guest.qemu_cpu +
+      "timeout 20 qemu-system-x86_64 -accel tcg -cpu " + guest.qemu_cpu +
       " -nodefaults -no-user-config -display none -no-reboot -m 8M "
       "-machine pc,memory-backend=ram -object memory-backend-file,id=ram,size=8M,share=on,mem-path=" +
       base + "/ram -bios " + base + "/bios -device isa-debug-exit,iobase=0xf4,iosize=1 </dev/null >" + base +
@@ -93,8 +93,13 @@ Memory run_qemu_once(const Guest& guest, End& end) {
 }  // namespace
 
 Memory run_in_qemu(const Guest& guest, End& end) {
-  Memory memory = run_qemu_once(guest, end);
-  return end == End::none ? run_qemu_once(guest, end) : memory;
+  Memory memory;
+  for (unsigned attempt = 0; attempt < 2; ++attempt) {
+    memory = run_qemu_once(guest, end);
+    if (memory.size() == guest_ram && tests_done(guest, memory) == guest.tests) end = End::guests;
+    if (end != End::none) break;
+  }
+  return memory;
 }
 
 }  // namespace anykvm::oracle

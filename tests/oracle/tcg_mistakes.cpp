@@ -156,7 +156,8 @@ Mistake mistakes[] = {
     {"has LAR and LSL take descriptors of 16-bit types in long mode (volume 2, LAR: table 3-53)",
      [](const Case& c, const Difference& d) {
        if (!has(c, 0x0f, 0x02) && !has(c, 0x0f, 0x03)) return false;
-       return is(d, "rcx") || (is(d, "frame") && ((d.mine ^ d.other) & ~flag_rf) == flag_zf && d.other & flag_zf);
+       return is(d, "rcx") || ((is(d, "frame") || std::strstr(d.field, "stack")) &&
+                               ((d.mine ^ d.other) & ~flag_rf) == flag_zf && d.other & flag_zf);
      }},
     {"has LTR take a 16-bit TSS in long mode; #GP (volume 2, LTR)",
      [](const Case& c, const Difference&) {
@@ -164,7 +165,7 @@ Mistake mistakes[] = {
      }},
     {"leaves P out of the error code of reserved bits, and reads before it writes (volume 3, 4.7)",
      [](const Case& c, const Difference& d) {
-       const u64 allowed = (d.mine & 8 ? 1 : 0) | (reads_and_writes(c.code) || c.code.empty() ? 2 : 0);
+       const u64 allowed = (d.mine & 8 ? 1 : 0) | (reads_and_writes(c.code) || c.code.empty() ? 3 : 0);
        if (is(d, "cr2")) return allowed & 2 && !(d.other & 0xfff) && d.other - d.mine < 8;
        return is(d, "frame") && d.index == 0 && c.mine.vector == 14 && c.other.vector == 14 && d.mine > d.other &&
               !((d.mine ^ d.other) & ~allowed);
@@ -181,7 +182,7 @@ Mistake mistakes[] = {
     {"leaves the pushes before the one that faults; the frame is written whole or not, which is allowed",
      [](const Case& c, const Difference& d) {
        return (is(d, "page") || is(d, "user stack") || std::strstr(d.field, "stack")) &&
-              (c.mine.vector == 14 || c.mine.vector == 8) && has(c, 0xcd);
+              (c.mine.vector == 8 || (c.mine.vector == 14 && has(c, 0xcd)));
      }},
     {"writes the descriptor's upper half to mark it as accessed; ours the one byte",
      [](const Case& c, const Difference& d) {

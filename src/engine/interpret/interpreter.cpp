@@ -128,13 +128,20 @@ const u8* Interpreter::code_page(Cpu& cpu, Gva gva, Result& why_not) {
 const Instruction* Interpreter::fetch_slowly(Cpu& cpu, Result& why_not) {
   const x86::CpuState& s = cpu.state;
   Gva gva = s.rip;
+  u64 room = 15;  // up to the end of the code segment
+  const auto behind_limit = [&]() -> const Instruction* {
+    why_not = cpu.gp();
+    return nullptr;
+  };
   if (s.code_bits != 64) {
-    if (s.rip > s.segment[x86::cs].limit) {
-      why_not = cpu.gp();
-      return nullptr;
-    }
+    const u32 limit = s.segment[x86::cs].limit;
+    if (s.rip > limit) return behind_limit();
+    room = std::min<u64>(room, limit - s.rip + 1);
     gva = u32(gva + s.segment[x86::cs].base);
   }
+  const auto found = [&](const Instruction& instruction) {
+    return instruction.length > room && instruction.handler != undefined ? behind_limit() : &instruction;
+  };
   const u8* code_at = code_page(cpu, gva, why_not);
   if (!code_at) return nullptr;
   const unsigned number = slot_of(gva);
@@ -146,8 +153,12 @@ const Instruction* Interpreter::fetch_slowly(Cpu& cpu, Result& why_not) {
   std::memcpy(bytes, code_at, first);
   const bool begins_alike =
       slot.code_bits == s.code_bits && !std::memcmp(slot.bytes, bytes, std::min<unsigned>(slot.length, first));
-  if (begins_alike && slot.length <= first) return &slot;
-  if (!begins_alike && decode(bytes, first, s.code_bits, slot, native) == DecodeStatus::ok) return &slot;
+  if (begins_alike && slot.length <= first) return found(slot);
+  if (!begins_alike && decode(bytes, first, s.code_bits, slot, native) == DecodeStatus::ok) return found(slot);
+  if (first >= room) {
+    slot.code_bits = 0;
+    return behind_limit();
+  }
 
   // It continues on the next page, which only now may fault.
   const Gva next = s.code_bits == 64 ? gva + first : u32(gva + first);
@@ -158,7 +169,7 @@ const Instruction* Interpreter::fetch_slowly(Cpu& cpu, Result& why_not) {
   }
   std::memcpy(bytes + first, rest, 15 - first);
   if (!begins_alike || std::memcmp(slot.bytes, bytes, slot.length)) (void)decode(bytes, 15, s.code_bits, slot, native);
-  return &slot;
+  return found(slot);
 }
 
 /// Before an instruction that TF, RF, an interrupt shadow, a breakpoint or the client's debugging has us watch. false:
