@@ -68,6 +68,7 @@ struct FpuState {
   u64 opmask[8] = {};
   /// FXSAVE64 image; only the x87 part (bytes 0-23 and the ST registers at 32-159) is meant. MXCSR is `mxcsr`.
   alignas(16) u8 x87[512] = {};
+  u16 x87_code_selector = 0, x87_data_selector = 0;  ///< FCS and FDS
   u32 mxcsr = 0x1f80;
   u32 pkru = 0;
 };

@@ -23,7 +23,7 @@ void fpu_to_xsave(const FpuState& fpu, u64 features, std::span<u8> image) {
   std::memset(image.data(), 0, image.size());
   features |= xfeature::x87 | xfeature::sse;
   Area area;
-  store_x87_control(fpu, true, area.legacy);
+  std::memcpy(area.legacy, fpu.x87, x87_control_size);  // the pointers, too, which an instruction might drop
   std::memcpy(area.legacy + mxcsr_offset, &fpu.mxcsr, 4);
   std::memcpy(area.legacy + mxcsr_offset + 4, &layout.mxcsr_mask, 4);
   std::memcpy(area.legacy + x87_stack_offset, fpu.x87 + x87_stack_offset, x87_stack_size);

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "x86/x87_environment.h"
 #include "x86/xsave_parts.h"
 
 namespace anykvm::x86 {
@@ -144,16 +145,27 @@ void load_component(FpuState& fpu, unsigned index, unsigned vectors, const u8* i
 
 void store_x87_control(const FpuState& fpu, bool wide, u8* out) {
   std::memcpy(out, fpu.x87, x87_control_size);
+  const bool exception_waits = fpu.x87[2] & 0x80;
+  if (x87_behaviour().drops_pointers && !exception_waits) {
+    std::memset(out + 6, 0, x87_control_size - 6);
+    return;
+  }
   if (wide) return;
-  std::memset(out + 12, 0, 4);  // FCS and FDS: deprecated, 0
-  std::memset(out + 20, 0, 4);
+  const u32 selectors[] = {fpu.x87_code_selector, fpu.x87_data_selector};
+  std::memcpy(out + 12, &selectors[0], 4);
+  std::memcpy(out + 20, &selectors[1], 4);
 }
 
 void load_x87_control(FpuState& fpu, bool wide, const u8* in) {
   std::memcpy(fpu.x87, in, x87_control_size);
   fpu.x87[5] = 0;  // reserved, next to the abridged tag word
   settle_x87_words(fpu);
+  fpu.x87_code_selector = fpu.x87_data_selector = 0;
   if (wide) return;
+  if (x87_behaviour().keeps_selectors) {
+    std::memcpy(&fpu.x87_code_selector, in + 12, 2);
+    std::memcpy(&fpu.x87_data_selector, in + 20, 2);
+  }
   std::memset(fpu.x87 + 12, 0, 4);
   std::memset(fpu.x87 + 20, 0, 4);
 }
@@ -170,9 +182,11 @@ void settle_x87_words(FpuState& fpu) {
 }
 
 void init_x87(FpuState& fpu) {
-  std::memset(fpu.x87, 0, sizeof fpu.x87);
+  std::memset(fpu.x87, 0, x87_control_size);  // MXCSR's place is the engine's
+  std::memset(fpu.x87 + x87_stack_offset, 0, x87_stack_size);
   fpu.x87[0] = 0x7f;
   fpu.x87[1] = 0x03;
+  fpu.x87_code_selector = fpu.x87_data_selector = 0;
 }
 
 }  // namespace anykvm::x86

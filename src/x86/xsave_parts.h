@@ -13,7 +13,8 @@ inline constexpr unsigned mxcsr_offset = 24, xmm_offset = 160;
 void store_component(const FpuState& fpu, unsigned index, unsigned vectors, u8* out);
 void load_component(FpuState& fpu, unsigned index, unsigned vectors, const u8* in);
 
-/// x87 control words: 24 bytes. `wide`: 64-bit instruction and data pointers (REX.W).
+/// x87 control words as the save instructions write them: 24 bytes. `wide`: 64-bit instruction and data pointers
+/// (REX.W) where there are selectors otherwise.
 void store_x87_control(const FpuState& fpu, bool wide, u8* out);
 void load_x87_control(FpuState& fpu, bool wide, const u8* in);
 /// What the processor does to the control and status words that it loads: bits which nothing can change, and ES and B,

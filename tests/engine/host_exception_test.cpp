@@ -81,6 +81,31 @@ TEST_F(HostExceptionTest, TheHostRoundsAsBefore) {
   EXPECT_EQ(host_before, host_after);
 }
 
+TEST_F(HostExceptionTest, X87StoreThatIsInvalidStoresNothing) {
+  map(missing, data_gpa + page_size, pte::p | pte::w);
+  EXPECT_EQ(execute({0xdb, 0xe3}), no_fault);  // fninit
+  const u16 control = 0x37e;                   // an empty register is an unmasked exception
+  std::memcpy(cpu.state.fpu.x87, &control, 2);
+  rax() = missing - 2;
+  const u32 before = machine.get<u32>(data_gpa + page_size - 2);
+  EXPECT_EQ(execute({0xd9, 0x10}), no_fault);  // fst dword [rax], across two pages
+  EXPECT_EQ(machine.get<u32>(data_gpa + page_size - 2), before);
+  EXPECT_EQ(cpu.state.fpu.x87[2] & 0x81, 0x81);
+  EXPECT_EQ(execute({0x9b}), exception::mf);  // fwait
+}
+
+TEST_F(HostExceptionTest, FnstenvShowsTheGuestsPointers) {
+  EXPECT_EQ(execute({0xdb, 0xe3}), no_fault);  // fninit
+  rax() = data + 32;
+  EXPECT_EQ(execute({0xdd, 0x00}), no_fault);  // fld qword [rax]
+  rax() = data + 64;
+  EXPECT_EQ(execute({0xd9, 0x30}), no_fault);  // fnstenv [rax]
+  EXPECT_EQ(machine.get<u32>(data_gpa + 64 + 12), 0x5000u);
+  EXPECT_EQ(machine.get<u32>(data_gpa + 64 + 8), 0xffff3fffu);
+  EXPECT_EQ(execute({0xd9, 0x30}), no_fault);
+  EXPECT_EQ(machine.get<u32>(data_gpa + 64 + 12), 0x5000u);  // it has not moved them
+}
+
 TEST_F(HostExceptionTest, FisttpLeavesTheGuestsPointers) {
   u8* x87 = cpu.state.fpu.x87;
   EXPECT_EQ(execute({0xdb, 0xe3}), no_fault);  // fninit

@@ -138,7 +138,7 @@ DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Ins
   out.repeatable = is_repeatable(d);
 
   for (const auto select : {select_move, select_stack, select_branch, select_string, select_io, select_decimal,
-                            select_system, select_state, select_gather}) {
+                            select_system, select_state, select_x87, select_gather}) {
     out.handler = select(d, out);
     if (!out.handler) continue;
     if (!may_reach_devices(d, out.unit)) out.behind_bar = std::exchange(out.handler, without_devices);

@@ -19,6 +19,7 @@ Handler select_decimal(const Decoded&, Instruction&);  ///< AAA ... DAS, AAM, AA
 Handler select_system(const Decoded&, Instruction&);   ///< control registers, descriptor tables, MSRs, CPUID ...
 Handler select_state(const Decoded&, Instruction&);    ///< FXSAVE, XSAVE ..., XGETBV, MXCSR, VZEROALL, FWAIT
 Handler select_gather(const Decoded&, Instruction&);   ///< gathers, scatters
+Handler select_x87(const Decoded&, Instruction&);      ///< FNSTENV, FNSAVE, FNINIT and their likes
 Handler select_native(const Decoded&, Instruction&, std::span<u8> code);  ///< everything the host CPU executes for us
 
 /// A string instruction's source segment, which a prefix may override; ES:rDI cannot be.
@@ -61,6 +62,11 @@ inline x86::Result run_native(Context& c, const Instruction& i, void* memory) {
 /// Whether a mask chooses which elements of its memory operand it accesses, and how such an instruction is executed.
 bool is_masked(const Decoded&);
 x86::Result masked_memory(Context&, const Instruction&);
+
+/// Whether an x87 instruction reports an exception that waits.
+bool waits_for_x87(ZydisMnemonic);
+/// x87 instructions that do not count as the unit's last instruction.
+bool is_x87_control(ZydisMnemonic);
 
 /// Emits native code for the instruction and points out.native at it.
 bool make_native(const Decoded&, Instruction& out, std::span<u8> code);

@@ -3,6 +3,7 @@
 
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
+#include "x86/x87_environment.h"
 
 namespace anykvm::engine {
 
@@ -17,13 +18,39 @@ u16 x87_status(const x86::CpuState& state) {
   return status;
 }
 
-/// The host leaves its own addresses in the x87 unit's last-instruction pointers: put the guest's there.
-void set_x87_pointers(Context& c, const Instruction& i, Gva operand) {
-  u8* image = c.cpu.state.fpu.x87;
-  const u16 opcode = u16(i.immediate);
-  std::memcpy(image + 6, &opcode, sizeof opcode);
-  std::memcpy(image + 8, &c.cpu.state.rip, 8);
-  if (i.has_memory) std::memcpy(image + 16, &operand, 8);
+/// Keeps the host's addresses out of the x87 unit's pointers to its last instruction: what they were before an
+/// instruction that runs on the unit, and what they are to be behind it.
+class X87Pointers {
+ public:
+  X87Pointers(Context& c, const Instruction& i) : c_(c), i_(i) {
+    if (touches()) std::memcpy(before_, c.cpu.state.fpu.x87 + offset, sizeof before_);
+  }
+  void settle() const {
+    if (!touches()) return;
+    x86::CpuState& s = c_.cpu.state;
+    std::memcpy(s.fpu.x87 + offset, before_, sizeof before_);
+    if (!i_.moves_x87_pointers) return;
+    note_x87_instruction(s.fpu, {.opcode = u16(i_.immediate),
+                                 .code_selector = s.segment[x86::cs].selector,
+                                 .rip = s.rip,
+                                 .has_operand = i_.has_memory,
+                                 .data_selector = s.segment[i_.segment].selector,
+                                 .offset = i_.has_memory ? effective_offset(c_, i_) : 0});
+  }
+
+ private:
+  static constexpr unsigned offset = 6;  ///< FOP; FIP and FDP behind it
+  bool touches() const { return i_.unit == Unit::x87 || i_.unit == Unit::mmx; }
+
+  Context& c_;
+  const Instruction& i_;
+  u8 before_[18];
+};
+
+/// An x87 store that met an unmasked exception other than inexactness has stored nothing.
+bool kept_its_result(const Context& c, const Instruction& i) {
+  const u8* image = c.cpu.state.fpu.x87;
+  return i.unit == Unit::x87 && image[2] & ~image[0] & 0x1f;
 }
 
 }  // namespace
@@ -71,43 +98,22 @@ Result integer_memory(Context& c, const Instruction& i) {
 }
 Result unit_register(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
+  const X87Pointers pointers(c, i);
   ANYKVM_TRY(run_native(c, i, nullptr));
   note_x87(c, i);
-  if (i.moves_x87_pointers) set_x87_pointers(c, i, 0);
+  pointers.settle();
   return Result::ok;
 }
 Result unit_memory(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
   x86::Operand operand;
   ANYKVM_TRY(open_memory(c, i, operand));
+  const X87Pointers pointers(c, i);
   ANYKVM_TRY(run_native(c, i, operand.host));
   note_x87(c, i);
-  c.cpu.close_operand(operand, i.use);
-  if (i.moves_x87_pointers) set_x87_pointers(c, i, operand.gva);
+  if (!kept_its_result(c, i)) c.cpu.close_operand(operand, i.use);
+  pointers.settle();
   return Result::ok;
-}
-
-/// FNSAVE and FRSTOR: an image larger than an operand.
-Result x87_image(Context& c, const Instruction& i) {
-  ANYKVM_TRY(check_unit(c, i));
-  const DeviceBar bar(c);
-  u8 image[128];
-  Gva gva;
-  const bool writes = i.use == Cpu::Use::write;
-  ANYKVM_TRY(memory_address(c, i, i.memory_bytes, writes ? Access::write : Access::read, gva));
-  if (writes) {
-    // The instruction also resets the unit: be sure that the store can be done before it is run.
-    x86::Mmu::Translation page;
-    for (const Gva end : {gva, gva + i.memory_bytes - 1}) {
-      ANYKVM_TRY(c.cpu.mmu.translate(c.cpu, end, Access::write, c.cpu.data_privilege, page));
-      if (!page.host) return c.cpu.give_up("FNSAVE to a device");
-    }
-  } else {
-    ANYKVM_TRY(c.cpu.read(gva, image, i.memory_bytes));
-  }
-  ANYKVM_TRY(run_native(c, i, image));
-  note_x87(c, i);
-  return writes ? c.cpu.write(gva, image, i.memory_bytes) : Result::ok;
 }
 
 /// The categories whose instructions only compute: no privilege, no control transfer, no hidden state.
@@ -276,26 +282,6 @@ u8 required_alignment(const Decoded& d, Unit unit, unsigned memory_bytes) {
   }
 }
 
-namespace {
-
-/// x87 control instructions neither wait for pending exceptions nor count as the last instruction.
-bool is_x87_control(ZydisMnemonic mnemonic, bool& waits) {
-  switch (mnemonic) {
-    case ZYDIS_MNEMONIC_FNINIT:
-    case ZYDIS_MNEMONIC_FNCLEX:
-    case ZYDIS_MNEMONIC_FNSTCW:
-    case ZYDIS_MNEMONIC_FNSTSW:
-    case ZYDIS_MNEMONIC_FNSTENV:
-    case ZYDIS_MNEMONIC_FNSAVE: waits = false; return true;
-    case ZYDIS_MNEMONIC_FLDCW:
-    case ZYDIS_MNEMONIC_FLDENV:
-    case ZYDIS_MNEMONIC_FRSTOR: waits = true; return true;
-    default: waits = true; return false;
-  }
-}
-
-}  // namespace
-
 Result check_unit(Context& c, const Instruction& i) {
   const x86::CpuState& s = c.cpu.state;
   namespace xf = x86::xfeature;
@@ -339,14 +325,13 @@ Handler select_native(const Decoded& d, Instruction& out, std::span<u8> code) {
   if (out.unit == Unit::integer) return out.has_memory ? integer_memory : integer_register;
   if (out.unit == Unit::mmx) out.waits_for_x87 = true;
   if (out.unit == Unit::x87) {
-    bool waits;
-    out.moves_x87_pointers = !is_x87_control(d.mnemonic(), waits);
-    out.waits_for_x87 = waits;
+    out.waits_for_x87 = waits_for_x87(d.mnemonic());
+    out.moves_x87_pointers = !is_x87_control(d.mnemonic());
     out.immediate = (d.instruction.opcode & 7) << 8 | out.bytes[d.instruction.raw.modrm.offset];
   }
   if (!out.has_memory) return unit_register;
   if (is_masked(d)) return masked_memory;
-  return out.memory_bytes > 64 ? x87_image : unit_memory;
+  return unit_memory;
 }
 
 }  // namespace anykvm::engine

@@ -244,8 +244,7 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
   }
   const bool integer = !uses.vector && !uses.x87 && !uses.opmask;
   bool want_66 = seen_66;
-  const bool x87_image = uses.x87 && uses.memory && operands[0].size >= 14 * 8;  // FLDENV ...: its layout has two sizes
-  if (code_bits != 64 && (integer || x87_image) && !mandatory_66) want_66 = instruction.operand_width == 16;
+  if (code_bits != 64 && integer && !mandatory_66) want_66 = instruction.operand_width == 16;
   if (instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && want_66 != other_size) e.byte(0x66);
   for (unsigned i = 0; i < at; ++i)
     if (bytes[i] == 0xf0 || bytes[i] == 0xf2 || bytes[i] == 0xf3) e.byte(bytes[i]);
