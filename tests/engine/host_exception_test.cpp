@@ -102,8 +102,10 @@ TEST_F(HostExceptionTest, FnstenvShowsTheGuestsPointers) {
   EXPECT_EQ(execute({0xd9, 0x30}), no_fault);  // fnstenv [rax]
   EXPECT_EQ(machine.get<u32>(data_gpa + 64 + 12), 0x5000u);
   EXPECT_EQ(machine.get<u32>(data_gpa + 64 + 8), 0xffff3fffu);
+  cpu.state.gpr[rdi] = data;
+  EXPECT_EQ(execute({0x0f, 0xf7, 0xc9}), no_fault);  // maskmovq mm1, mm1
   EXPECT_EQ(execute({0xd9, 0x30}), no_fault);
-  EXPECT_EQ(machine.get<u32>(data_gpa + 64 + 12), 0x5000u);  // it has not moved them
+  EXPECT_EQ(machine.get<u32>(data_gpa + 64 + 12), 0x5000u);  // neither has moved them
 }
 
 TEST_F(HostExceptionTest, FisttpLeavesTheGuestsPointers) {

@@ -67,11 +67,13 @@ def check(condition, what, run=None):
     sys.exit(1)
 
 
-def write_initrd(folder, guest, task):
-    """The guest's initrd with `task` in it; answers its path."""
+def write_initrd(folder, guest, task, files=None):
+    """The guest's initrd with `task` and programs ({name: path}) in it; answers its path."""
     archive = Archive()
     # The kernel's own messages stay in its log (dmesg) and out of the task's sections.
     archive.add_file("task", b"#!/bin/sh\ndmesg -n 1\n" + task.encode(), 0o755)
+    for name, program in (files or {}).items():
+        archive.add_file(name, program.read_bytes(), 0o755)
     path = pathlib.Path(folder) / "initrd"
     path.write_bytes(guest.initrd.read_bytes() + archive.finish())
     return path
@@ -108,11 +110,11 @@ def text(output):
     return (output or b"").decode(errors="replace").replace("\r", "")
 
 
-def boot(tool, guest, task, *, kernel=None, **options):
+def boot(tool, guest, task, *, kernel=None, files=None, **options):
     """Boots the guest with a task and expects it to power off in good order."""
     options.setdefault("timeout", 600)
     with tempfile.TemporaryDirectory() as folder:
-        initrd = write_initrd(folder, guest, task)
+        initrd = write_initrd(folder, guest, task, files)
         result = run(command(tool, kernel=kernel or guest.vmlinuz, initrd=initrd, **options))
     check(result.status == 0, "the guest did not power off in good order", result)
     return result

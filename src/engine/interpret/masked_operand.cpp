@@ -7,6 +7,7 @@
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/masked_operand.h"
 #include "engine/interpret/operands.h"
+#include "engine/interpret/x87_pointers.h"
 #include "os/fault_guard.h"
 
 namespace anykvm::engine {
@@ -165,14 +166,19 @@ bool is_masked(const Decoded& d) {
 Result masked_memory(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
   note_x87(c, i);
+  const X87Pointers pointers(c, i);
   const Access access = i.use == Cpu::Use::read ? Access::read : Access::write;
   Gva gva;
   // In 64-bit mode the pages say what is not there; a segment's limit is checked for the whole operand.
   ANYKVM_TRY(memory_address(c, i, c.cpu.state.code_bits == 64 ? 1 : i.memory_bytes, access, gva));
   const bool aligned = !i.alignment || !(gva & (i.alignment - 1u));
-  if (u8* host = c.cpu.mmu.lookup(gva, i.memory_bytes, access, c.cpu.data_privilege); host && aligned) [[likely]]
-    return run_native(c, i, host);
-  return MaskedOperand(c, i, gva).execute();
+  if (u8* host = c.cpu.mmu.lookup(gva, i.memory_bytes, access, c.cpu.data_privilege); host && aligned) [[likely]] {
+    ANYKVM_TRY(run_native(c, i, host));
+  } else {
+    ANYKVM_TRY(MaskedOperand(c, i, gva).execute());
+  }
+  pointers.settle();
+  return Result::ok;
 }
 
 }  // namespace anykvm::engine

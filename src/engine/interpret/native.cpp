@@ -3,7 +3,7 @@
 
 #include "engine/interpret/handlers.h"
 #include "engine/interpret/operands.h"
-#include "x86/x87_environment.h"
+#include "engine/interpret/x87_pointers.h"
 
 namespace anykvm::engine {
 
@@ -18,35 +18,6 @@ u16 x87_status(const x86::CpuState& state) {
   return status;
 }
 
-/// Keeps the host's addresses out of the x87 unit's pointers to its last instruction: what they were before an
-/// instruction that runs on the unit, and what they are to be behind it.
-class X87Pointers {
- public:
-  X87Pointers(Context& c, const Instruction& i) : c_(c), i_(i) {
-    if (touches()) std::memcpy(before_, c.cpu.state.fpu.x87 + offset, sizeof before_);
-  }
-  void settle() const {
-    if (!touches()) return;
-    x86::CpuState& s = c_.cpu.state;
-    std::memcpy(s.fpu.x87 + offset, before_, sizeof before_);
-    if (!i_.moves_x87_pointers) return;
-    note_x87_instruction(s.fpu, {.opcode = u16(i_.immediate),
-                                 .code_selector = s.segment[x86::cs].selector,
-                                 .rip = s.rip,
-                                 .has_operand = i_.has_memory,
-                                 .data_selector = s.segment[i_.segment].selector,
-                                 .offset = i_.has_memory ? effective_offset(c_, i_) : 0});
-  }
-
- private:
-  static constexpr unsigned offset = 6;  ///< FOP; FIP and FDP behind it
-  bool touches() const { return i_.unit == Unit::x87 || i_.unit == Unit::mmx; }
-
-  Context& c_;
-  const Instruction& i_;
-  u8 before_[18];
-};
-
 /// An x87 store that met an unmasked exception other than inexactness has stored nothing.
 bool kept_its_result(const Context& c, const Instruction& i) {
   const u8* image = c.cpu.state.fpu.x87;
@@ -60,7 +31,7 @@ Result host_exception(Context& c, const Instruction& i) {
   if (i.unit == Unit::mmx) {
     // A conversion that raises a SIMD exception has entered MMX mode by then.
     u8* image = c.cpu.state.fpu.x87;
-    std::memcpy(image, c.x87_at_exception, 24);
+    std::memcpy(image, c.x87_at_exception, 6);  // the words; the pointers do not move
     std::memcpy(image + 32, c.x87_at_exception + 32, 128);
   }
   switch (std::exchange(c.host_exception, Context::no_exception)) {
