@@ -2,7 +2,7 @@
 PRESET ?= release
 BUILD = build/$(PRESET)
 
-.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-ioctl fuzz-guest fuzz-loader tidy format clean packages guests selftests
+.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-ioctl fuzz-guest fuzz-loader tidy format clean packages guests selftests stress
 
 help:
 	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
@@ -14,6 +14,7 @@ help:
 	@echo "make selftests  the kernel's own KVM selftests on the engine, into docs/selftests.md"
 	@echo "make fuzz     fuzz the ioctls, guest code and the loader, FUZZ_TIME seconds each (fuzz-ioctl, fuzz-guest: one of them)"
 	@echo "make fuzz-system  system instructions and modes against QEMU's TCG (SEED, ROUNDS)"
+	@echo "make stress   Linux 6.1 and 6.12 on 4 CPUs while their code is rewritten: tracers, probes, modules, forks, little memory"
 	@echo "make tidy     clang-tidy over the sources"
 	@echo "make format   clang-format over the sources"
 	@echo "make clean    remove build/ (cache/, the fetched guests, stays)"
@@ -46,6 +47,15 @@ asan: packages guests
 	@ctest --test-dir build/asan --output-on-failure --no-tests=error -j $$(nproc)
 
 # Some ten minutes; the first time also a download of 150 MB and a minute of building.
+# The long form of `ctest -L stress`, with the parts that are too slow there; it takes hours.
+stress: build guests
+	@for guest in 6.1 6.12; do \
+	  for part in ftrace:1000 patching:1000 modules:500 forks:5000 reclaim:300; do \
+	    python3 tests/system/stress.py --anykvm $(BUILD)/bin/anykvm --guest $$guest --timeout 14400 \
+	      $${part%:*} --rounds $${part#*:} || exit 1; \
+	  done; \
+	done
+
 selftests: packages build
 	@scripts/setup selftests
 	@scripts/kvm-selftests --table docs/selftests.md

@@ -115,7 +115,8 @@ def boot(tool, guest, task, *, kernel=None, files=None, **options):
     options.setdefault("timeout", 600)
     with tempfile.TemporaryDirectory() as folder:
         initrd = write_initrd(folder, guest, task, files)
-        result = run(command(tool, kernel=kernel or guest.vmlinuz, initrd=initrd, **options))
+        line = command(tool, kernel=kernel or guest.vmlinuz, initrd=initrd, **options)
+        result = run(line, max(900, options["timeout"] + 60))
     check(result.status == 0, "the guest did not power off in good order", result)
     return result
 
