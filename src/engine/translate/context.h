@@ -34,7 +34,7 @@ constexpr u64 minus_other_page(unsigned slot) { return -(u64((slot + tlb_entries
 
 // --- where a guest address continues ---------------------------------------------------------------------------------
 /// Targets of indirect and cross-page branches by guest RIP. minus_rip of an unused slot is a RIP of another slot.
-inline constexpr unsigned jump_entries = 2048;
+inline constexpr unsigned jump_entries = 4096;
 struct JumpCache {
   u64 minus_rip[jump_entries];
   u64 code[jump_entries];

@@ -92,7 +92,7 @@ class Translator final : public Engine {
   u32 tlb_used_count_ = 0, jumps_used_count_ = 0;
   u64 jump_pages_ = 0;  ///< of which pages the jump cache may have targets: one hashed bit each
   u16 tlb_used_[2048];
-  u16 jumps_used_[4096];
+  u16 jumps_used_[8192];
 };
 
 }  // namespace anykvm::engine::translate
