@@ -40,9 +40,23 @@ Result translate_parts(Cpu& cpu, Gva gva, unsigned size, Access access, Privileg
 }
 
 /// #AC: accesses must be aligned where the guest's user code asked for it: those of 2, 4, 8 and 16 bytes to their size,
-/// wider ones to 16, the x87 unit's of 10 to 8.
+/// wider ones to 16; the x87 unit's of 10 to 8, and its environments (14, 28) and images (94, 108) to their words.
 Result check_alignment(Cpu& cpu, Gva gva, unsigned size) {
-  const unsigned mask = size == 10 ? 7 : size > 64 || !power_of_two(size) ? 0 : size > 16 ? 15 : size - 1;
+  unsigned mask = 0;
+  switch (size) {
+    case 2:
+    case 14:
+    case 94: mask = 1; break;
+    case 4:
+    case 28:
+    case 108: mask = 3; break;
+    case 8:
+    case 10: mask = 7; break;
+    case 16:
+    case 32:
+    case 64: mask = 15; break;
+    default: break;
+  }
   return gva & mask ? cpu.raise(exception::ac, 0) : Result::ok;
 }
 

@@ -66,6 +66,9 @@ struct Restore {
 void apply_x87(Cpu& cpu, const Restore& restore, bool wide) {
   load_x87_control(cpu.state.fpu, wide, restore.legacy);
   std::memcpy(cpu.state.fpu.x87 + x87_stack_offset, restore.legacy + x87_stack_offset, x87_stack_size);
+  constexpr unsigned register_size = 10, slot_size = 16;
+  for (unsigned at = register_size; at < x87_stack_size; at += slot_size)
+    std::memset(cpu.state.fpu.x87 + x87_stack_offset + at, 0, slot_size - register_size);
 }
 
 void apply_xmm(Cpu& cpu, const Restore& restore) {

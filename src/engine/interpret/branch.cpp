@@ -169,6 +169,7 @@ bool is_far(const Decoded& d) { return d.instruction.meta.branch_type == ZYDIS_B
 }  // namespace
 
 Handler select_branch(const Decoded& d, Instruction& out) {
+  if (d.instruction.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY) return nullptr;  // Knights Corner's
   // A near branch in 64-bit mode has a 64-bit target, but AMD's processors heed the operand-size prefix.
   const auto near = [&](Handler handler) {
     if (out.code_bits == 64)

@@ -45,6 +45,11 @@ Result host_exception(Context& c, const Instruction& i) {
 
 namespace {
 
+/// Whether some exception that the instruction could raise is unmasked.
+bool may_not_store(const Context& c, const Instruction& i) {
+  return i.uses_mxcsr && ~c.cpu.state.fpu.mxcsr & 0x1f80;
+}
+
 Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
   Gva gva = 0;
   const Result located =
@@ -53,10 +58,12 @@ Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
   if (i.alignment && gva & (i.alignment - 1u)) [[unlikely]]
     return c.cpu.gp();
   ANYKVM_TRY(located);
+  // An unmasked exception keeps the store from happening: a bounce buffer must then hold what was there.
+  const Cpu::Use use = i.use == Cpu::Use::write && may_not_store(c, i) ? Cpu::Use::read_write : i.use;
   if (!i.bars_devices) [[likely]]
-    return c.cpu.open_operand(gva, i.memory_bytes, i.use, operand);
+    return c.cpu.open_operand(gva, i.memory_bytes, use, operand);
   const DeviceBar bar(c);
-  return c.cpu.open_operand(gva, i.memory_bytes, i.use, operand);
+  return c.cpu.open_operand(gva, i.memory_bytes, use, operand);
 }
 
 Result integer_register(Context& c, const Instruction& i) { return run_native(c, i, nullptr); }

@@ -13,8 +13,9 @@ namespace cr4 = x86::cr4;
 
 /// The image's address, aligned as the instruction demands. The sizes differ: rights are checked by the move itself.
 Result image_address(Context& c, const Instruction& i, unsigned alignment, Access access, Gva& gva) {
-  ANYKVM_TRY(memory_address(c, i, 1, access, gva));
-  return gva & (alignment - 1) ? c.cpu.gp() : Result::ok;
+  gva = 0;
+  const Result located = memory_address(c, i, 1, access, gva);
+  return gva & (alignment - 1) ? c.cpu.gp() : located;  // alignment comes first
 }
 
 template <bool wide>

@@ -325,7 +325,11 @@ Result clear_line(Context& c, const Instruction& i) {
   if (!c.cpu.cpuid.has(x86::Feature::clzero)) return c.cpu.ud();
   static constexpr u8 zeros[64] = {};
   Gva gva;
-  ANYKVM_TRY(linear_address(c, i.segment, c.cpu.state.gpr[rax] & size_mask(i.address_bytes), 1, Access::write, gva));
+  const u64 offset = c.cpu.state.gpr[rax] & size_mask(i.address_bytes);
+  if (c.cpu.state.code_bits == 64)
+    ANYKVM_TRY(linear_address(c, i.segment, offset, 1, Access::write, gva));
+  else
+    ANYKVM_TRY(linear_address(c, i.segment, offset & ~63ull, sizeof zeros, Access::write, gva));
   return c.cpu.write(gva & ~63ull, zeros, sizeof zeros);
 }
 

@@ -77,6 +77,9 @@ bool waits_for_x87(ZydisMnemonic mnemonic) {
   switch (mnemonic) {
     case ZYDIS_MNEMONIC_FNINIT:
     case ZYDIS_MNEMONIC_FNCLEX:
+    case ZYDIS_MNEMONIC_FENI8087_NOP:
+    case ZYDIS_MNEMONIC_FDISI8087_NOP:
+    case ZYDIS_MNEMONIC_FSETPM287_NOP:
     case ZYDIS_MNEMONIC_FNSTCW:
     case ZYDIS_MNEMONIC_FNSTSW:
     case ZYDIS_MNEMONIC_FNSTENV:
@@ -87,9 +90,6 @@ bool waits_for_x87(ZydisMnemonic mnemonic) {
 
 bool is_x87_control(ZydisMnemonic mnemonic) {
   switch (mnemonic) {
-    case ZYDIS_MNEMONIC_FENI8087_NOP:
-    case ZYDIS_MNEMONIC_FDISI8087_NOP:
-    case ZYDIS_MNEMONIC_FSETPM287_NOP:
     case ZYDIS_MNEMONIC_FLDCW:
     case ZYDIS_MNEMONIC_FLDENV:
     case ZYDIS_MNEMONIC_FRSTOR: return true;

@@ -271,7 +271,10 @@ bool emit_instruction(Emitter& e, const ZydisDecodedInstruction& instruction,
 
   const unsigned opcode_end = has_modrm ? modrm_at : instruction.length;
   const bool wide_registers = code_bits == 64;  // else the register numbers' upper bits are ignored, here inverted
-  const unsigned w = other_size ? 0x80 : 0;     // VEX.W, where 32-bit code ignores it
+  // VEX.W, where 32-bit code ignores it; it would make the lengths of VPCMPESTRx 64 bits wide.
+  const bool string_lengths =
+      instruction.mnemonic == ZYDIS_MNEMONIC_VPCMPESTRI || instruction.mnemonic == ZYDIS_MNEMONIC_VPCMPESTRM;
+  const unsigned w = other_size || (code_bits != 64 && string_lengths) ? 0x80 : 0;
   switch (instruction.encoding) {
     case ZYDIS_INSTRUCTION_ENCODING_LEGACY:
       if (rex) e.byte(memory_form ? rex & ~3u : rex);
