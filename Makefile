@@ -2,7 +2,7 @@
 PRESET ?= release
 BUILD = build/$(PRESET)
 
-.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-ioctl fuzz-guest fuzz-loader tidy format clean packages guests selftests stress
+.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-isa fuzz-ioctl fuzz-guest fuzz-loader tidy format clean packages guests selftests stress
 
 help:
 	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
@@ -14,6 +14,7 @@ help:
 	@echo "make selftests  the kernel's own KVM selftests on the engine, into docs/selftests.md"
 	@echo "make fuzz     fuzz the ioctls, guest code and the loader, FUZZ_TIME seconds each (fuzz-ioctl, fuzz-guest: one of them)"
 	@echo "make fuzz-system  system instructions and modes against QEMU's TCG (SEED, ROUNDS)"
+	@echo "make fuzz-isa  every instruction form against the host CPU (COUNT instances a mode, SEED)"
 	@echo "make stress   Linux 6.1 and 6.12 on 4 CPUs while their code is rewritten: tracers, probes, modules, forks, little memory"
 	@echo "make tidy     clang-tidy over the sources"
 	@echo "make format   clang-format over the sources"

@@ -37,6 +37,7 @@ struct Form {
   s8 reg = -1, rm = -1;  ///< part of the opcode, or any
   bool defined = false;  ///< Zydis decodes it
   bool faults = false;   ///< always ends in an exception at CPL 3, as far as known
+  bool masks = false;    ///< names a mask register
   bool takes_vvvv = false, takes_mask = false, takes_zeroing = false, needs_sib = false, needs_mask = false;
   ZydisMnemonic mnemonic = ZYDIS_MNEMONIC_INVALID;
 

@@ -79,6 +79,8 @@ bool install_local_segments() {
   return true;
 }
 
+bool is_wide(u16 selector) { return !(selector & 4) || selector >> 3 >= std::size(table) || table[selector >> 3].wide; }
+
 Extent extent_of(u16 selector) {
   if (!(selector & 4) || selector >> 3 >= std::size(table)) return {};
   const LocalSegment& s = table[selector >> 3];

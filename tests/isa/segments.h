@@ -47,5 +47,7 @@ struct Extent {
   u32 base = 0, first = 0, last = 0xffffffff;
 };
 Extent extent_of(u16 selector);
+/// D/B: whether a stack segment makes ESP the stack pointer, not SP.
+bool is_wide(u16 selector);
 
 }  // namespace anykvm::isa

@@ -12,7 +12,6 @@ using x86::rax, x86::rcx, x86::rdx, x86::rbx, x86::rsp, x86::rbp;
 namespace {
 
 constexpr int no_gpr = -1;
-constexpr bool unmask_exceptions = false;  // their flags, and stores across pages, are not exact yet
 
 int gpr_of(ZydisRegister reg) {
   switch (ZydisRegisterGetClass(reg)) {
@@ -132,8 +131,18 @@ u16 Sequence::any_selector() {
   return random_.pick(pool);
 }
 
+/// For far branches: where they stay in the mode, or fault. What comes behind them is made for this mode.
+u16 Sequence::branch_selector() {
+  static constexpr u16 faulting[] = {
+      0, 3, data_selector, 0x10, 0x43, local_selector(data16), local_selector(absent_data), local_selector(11), 0x85};
+  return random_.one_in(4) ? random_.pick(faulting) : c_.in.selector[1];
+}
+
 Fields Sequence::draw_fields(const Form& form) {
-  const unsigned registers = c_.mode != Mode::code64 ? 8 : form.encoding == Encoding::evex ? 32 : 16;
+  // The upper bits of mask registers' numbers mean nothing to some processors, and #UD to the decoder.
+  const unsigned registers = c_.mode != Mode::code64 || (form.masks && form.encoding == Encoding::vex) ? 8
+                             : form.encoding == Encoding::evex                                         ? 32
+                                                                                                       : 16;
   const auto any = [&] {
     unsigned n = random_.below(registers);
     if (n == rsp && random_.one_in(2)) n = random_.below(registers);
@@ -198,12 +207,14 @@ bool Sequence::reaches(const ZydisDecodedInstruction& d, const Operands& operand
     const int base = gpr_of(o.mem.base), index = gpr_of(o.mem.index);
     if (base != rsp && base >= 0 && !is_known(unsigned(base))) return false;
     if (index >= 0 && !is_known(unsigned(index))) return false;
+    if (index >= 0 && index == base && x87_selectors(d, 0).code) return false;  // where it goes must be known
     if (is_vector(o.mem.index) && vectors_written_ >> ZydisRegisterGetId(o.mem.index) & 1) return false;
   }
   return true;
 }
 
 bool Sequence::add(const Form& form) {
+  if (closed_) return false;
   for (unsigned tries = 0; tries < 12; ++tries) {
     u8 bytes[32];
     const unsigned head = draw(form, bytes);
@@ -211,8 +222,9 @@ bool Sequence::add(const Form& form) {
     Operands operands;
     unsigned length;
     if (decode(c_.mode, bytes, 15, d, operands)) {
-      if (exclusion(d, operands)) continue;
-      if (tries < 8 && !reaches(d, operands)) continue;
+      if (exclusion(d, operands) || has_erratum(d, operands)) continue;
+      const bool must_reach = x87_selectors(d, 0).code != 0;
+      if ((tries < 8 || must_reach) && !reaches(d, operands)) continue;
       if (takes_components(d) && !is_open(rax)) continue;
       length = d.length;
       if (c_.code_length + length > Case::max_code) return false;
@@ -300,6 +312,8 @@ u64 Sequence::aim(u8* bytes, const ZydisDecodedInstruction& d, const ZydisDecode
   if (is_vector(o.mem.index)) aim_vector_index(d, o);
 
   u64 at = target(o.size / 8, align);
+  // Which byte of a large image a page fault names is the processor's choice: it lies within the data.
+  if (o.size > 64 * 8) at = data_address + random_.below(4) * 0x400 + (random_.one_in(16) ? random_.below(64) : 0);
   if (is_vector(o.mem.index)) at = data_address + page_size + random_.below(256);
   if (is_image(d.mnemonic) && !random_.one_in(8)) at = data_address + image_offset;
   const u64 offset = masked(at - base_of_segment, bits);
@@ -414,6 +428,10 @@ void Sequence::settle(u8* bytes, const ZydisDecodedInstruction& d, const Operand
     const ZydisDecodedOperand& o = operands[n];
     if (o.type != ZYDIS_OPERAND_TYPE_MEMORY || o.mem.type == ZYDIS_MEMOP_TYPE_AGEN) continue;
     const u64 at = aim(bytes, d, o, align > 1 ? align : o.size >= 128 ? o.size / 8 : 1);
+    if (const Selectors selectors = x87_selectors(d, o.size); selectors.code && at) {
+      c_.ignore(at + selectors.code), c_.ignore(at + selectors.data);
+      closed_ = true;  // nothing may read them
+    }
     const bool on_stack = o.visibility == ZYDIS_OPERAND_VISIBILITY_HIDDEN && gpr_of(o.mem.base) == rsp;
     (on_stack ? stack : memory) = at;
     if (at && !on_stack && o.actions & ZYDIS_OPERAND_ACTION_MASK_READ && !is_image(d.mnemonic) && random_.one_in(2))
@@ -429,7 +447,7 @@ void Sequence::settle(u8* bytes, const ZydisDecodedInstruction& d, const Operand
     if (random_.one_in(2)) c_.poke(memory + 512, random_.next() & features_);
   }
   if (d.mnemonic == ZYDIS_MNEMONIC_LDMXCSR || d.mnemonic == ZYDIS_MNEMONIC_VLDMXCSR)
-    c_.poke(memory, (random_.next() & (random_.one_in(8) ? 0xffffffff : 0xffff)) | (unmask_exceptions ? 0 : 0x1f80));
+    c_.poke(memory, (random_.next() & (random_.one_in(8) ? 0xffffffff : 0xffff)));
 
   // Where branches go: to the next instruction, mostly.
   const u64 next = next_ip(d.length);
@@ -443,11 +461,11 @@ void Sequence::settle(u8* bytes, const ZydisDecodedInstruction& d, const Operand
       pin(unsigned(gpr_of(operands[0].reg.value)), next);
     if (operands[0].type == ZYDIS_OPERAND_TYPE_MEMORY && memory) {
       c_.poke(memory, next);
-      if (is_far_branch(d)) c_.poke(memory + word, random_.one_in(4) ? any_selector() : c_.in.selector[1]);
+      if (is_far_branch(d)) c_.poke(memory + word, branch_selector());
     }
   }
   if (operands[0].type == ZYDIS_OPERAND_TYPE_POINTER) {
-    const u16 selector = random_.one_in(4) ? any_selector() : c_.in.selector[1];
+    const u16 selector = branch_selector();
     std::memcpy(bytes + d.raw.imm[0].offset, &next, d.raw.imm[0].size / 8);
     std::memcpy(bytes + d.raw.imm[1].offset, &selector, 2);
   }
@@ -455,7 +473,7 @@ void Sequence::settle(u8* bytes, const ZydisDecodedInstruction& d, const Operand
     const bool interrupt =
         d.mnemonic == ZYDIS_MNEMONIC_IRET || d.mnemonic == ZYDIS_MNEMONIC_IRETD || d.mnemonic == ZYDIS_MNEMONIC_IRETQ;
     c_.poke(stack, next);
-    if (is_far_branch(d) || interrupt) c_.poke(stack + word, random_.one_in(4) ? any_selector() : c_.in.selector[1]);
+    if (is_far_branch(d) || interrupt) c_.poke(stack + word, branch_selector());
     if (interrupt) {
       c_.poke(stack + 2 * word, random_.next() & 0x247fd7 & ~(random_.one_in(8) ? 0 : flag::tf));
       c_.poke(stack + 3 * word, data_address + 0x800 - segment_base(ZYDIS_REGISTER_SS));
@@ -497,6 +515,9 @@ void Sequence::settle(u8* bytes, const ZydisDecodedInstruction& d, const Operand
 
 void Sequence::note_uses(const ZydisDecodedInstruction& d, const Operands& operands) {
   if (ignores_alignment(d.mnemonic)) alignment_checks_ = false;
+  if (undefined_flags_of(d.mnemonic)) closed_ = true;  // nothing may depend on them
+  // The x87 pointers that they load are not kept, which the next FNSTENV would show.
+  if (d.mnemonic == ZYDIS_MNEMONIC_FLDENV || d.mnemonic == ZYDIS_MNEMONIC_FRSTOR) closed_ = true;
   if (d.meta.isa_ext == ZYDIS_ISA_EXT_X87 || d.meta.isa_ext == ZYDIS_ISA_EXT_MMX || is_image(d.mnemonic) || is_xsave(d))
     x87_ = true;
   for (unsigned n = 0; n < d.operand_count; ++n) {
@@ -525,7 +546,7 @@ void Sequence::finish_x87() {
   u16 control = 0x37f, status = 0;
   if (x87_) {
     if (random_.one_in(2)) control = u16(0x7f | (random_.next() & 0x0f00));
-    if (unmask_exceptions && random_.one_in(4)) control &= u16(0xffc0 | random_.next());
+    if (random_.one_in(4)) control &= u16(0xffc0 | random_.next());
     status = u16(random_.next() & 0x7f00);
     if (random_.one_in(4)) status |= u16(random_.next() & 0x7f);
     if (random_.one_in(3)) status &= 0x3800;
@@ -551,6 +572,7 @@ void Sequence::finish() {
     if (!(pinned_ >> n & 1)) in.gpr[n] = any_integer(random_);
     if (c_.mode != Mode::code64) in.gpr[n] = n < registers ? u32(in.gpr[n]) : 0;
   }
+  if (c_.mode != Mode::code64 && !is_wide(in.selector[2])) in.gpr[rsp] = u16(in.gpr[rsp]) | narrow_stack_high;
   in.rflags = (random_.next() & flag::arithmetic) | flag::fixed1 | flag::if_ | (random_.one_in(6) ? flag::df : 0) |
               (alignment_checks_ && random_.one_in(48) ? flag::ac : 0) | (random_.one_in(200) ? flag::tf : 0) |
               (random_.one_in(8) ? flag::id : 0) | (random_.one_in(32) ? flag::nt : 0);
@@ -573,7 +595,7 @@ void Sequence::finish() {
   if (vectors_) {
     if (random_.one_in(2)) mxcsr |= u32(random_.next()) & 0xe040;
     if (random_.one_in(4)) mxcsr |= u32(random_.next()) & 0x3f;
-    if (unmask_exceptions && random_.one_in(8)) mxcsr &= u32(random_.next()) | ~0x1f80u;
+    if (random_.one_in(8)) mxcsr &= u32(random_.next()) | ~0x1f80u;
   }
   in.set_mxcsr(mxcsr);
   finish_x87();

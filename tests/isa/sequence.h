@@ -36,6 +36,7 @@ class Sequence {
   u64 target(unsigned size, unsigned align);
   u64 segment_base(ZydisRegister segment) const;
   u16 any_selector();
+  u16 branch_selector();
   u64 next_ip(unsigned length) const;
   bool is_open(unsigned gpr) const { return !(written_ >> gpr & 1) && !(pinned_ >> gpr & 1); }
   bool is_known(unsigned gpr) const { return !(written_ >> gpr & 1); }
@@ -51,7 +52,7 @@ class Sequence {
   u32 pinned_ = 0, written_ = 0;  ///< general registers
   u32 vectors_ = 0, vectors_pinned_ = 0, vectors_written_ = 0;
   u8 opmasks_ = 0;
-  bool x87_ = false, alignment_checks_ = true;
+  bool x87_ = false, alignment_checks_ = true, closed_ = false;
   Lanes lanes_ = Lanes::mixed;
   Branch branches_[8];
   unsigned branch_count_ = 0;

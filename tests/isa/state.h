@@ -18,6 +18,9 @@ inline constexpr u64 exit_address = 0x2a5c3000;
 /// In `data`: an XSAVE image that XRSTOR takes, followed by its header and components.
 inline constexpr u64 image_offset = page_size + 0x400;
 
+/// ESP's upper half where the stack is a 16-bit one: IRET, which begins a case, leaves it as it finds it.
+inline constexpr u32 narrow_stack_high = 0x6b3d0000;
+
 /// Selectors of Linux' GDT, which the guest's has, too; and the LDT's, see segments.h.
 inline constexpr u16 code64_selector = 0x33, code32_selector = 0x23, data_selector = 0x2b;
 
@@ -54,7 +57,7 @@ struct Poke {
 };
 
 struct Case {
-  static constexpr unsigned max_code = 256, max_pokes = 24;
+  static constexpr unsigned max_code = 256, max_pokes = 24, max_ignored = 8;
 
   u64 number = 0;
   Mode mode = Mode::code64;
@@ -62,10 +65,16 @@ struct Case {
   u16 code_length = 0;
   u8 instructions = 0;
   u8 poke_count = 0;
+  u8 ignored_count = 0;
   u8 code[max_code];
   Poke pokes[max_pokes];
+  u16 ignored[max_ignored];  ///< offsets of two bytes in the data that are not compared; see undefined.cpp
   Registers in;
 
+  void ignore(u64 address) {
+    if (address - data_address <= data_bytes - 2 && ignored_count < max_ignored)
+      ignored[ignored_count++] = u16(address - data_address);
+  }
   void poke(u64 address, u64 value) {
     if (address - data_address > data_bytes - 8 || poke_count == max_pokes) return;
     pokes[poke_count++] = {u16(address - data_address), value};

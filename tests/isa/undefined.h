@@ -1,22 +1,35 @@
 // The one table of what is not compared, and why.
 #pragma once
 
-#include <Zydis/Zydis.h>
-
-#include "isa/state.h"
+#include "isa/forms.h"
 
 namespace anykvm::isa {
 
 struct Leniency {
-  u64 flags = 0;              ///< bits of RFLAGS
-  bool x87_pointers = false;  ///< FOP, FIP, FDP
-  bool in_use = false;        ///< XINUSE
+  u64 flags = 0;               ///< bits of RFLAGS
+  bool x87_pointers = false;   ///< FOP, FIP, FDP
+  bool in_use = false;         ///< XINUSE
+  bool several_parts = false;  ///< which of #PF, #GP and #SS, and a page fault's address and direction
 };
+
+/// The flags that an instruction leaves undefined and that the engine does not take from the host.
+u64 undefined_flags_of(ZydisMnemonic mnemonic);
 
 /// What must not be compared of this case, given how it ended on the host.
 Leniency leniency_of(const Case& c, const Outcome& host);
 
-/// Instructions whose memory operand the host does not check for alignment under RFLAGS.AC: they run without it.
+/// Where the code and data selectors of the last x87 instruction lie in what such an instruction stores: the state that
+/// KVM's API carries has no room for them. Offsets; 0: none.
+struct Selectors {
+  unsigned code = 0, data = 0;
+};
+Selectors x87_selectors(const ZydisDecodedInstruction& d, unsigned operand_bits);
+
+/// Zen 4 lets EVEX instructions that read a general register (VPBROADCASTW zmm, esp) see RSP as it was before a PUSH or
+/// POP: what the host does is not what the guest should see.
+bool has_erratum(const ZydisDecodedInstruction& d, const Operands& operands);
+
+/// Instructions that treat RFLAGS.AC in ways of their own: they run without it.
 bool ignores_alignment(ZydisMnemonic mnemonic);
 
 }  // namespace anykvm::isa

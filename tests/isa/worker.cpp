@@ -117,11 +117,16 @@ void* map_at(u64 address, std::size_t bytes, int protection, int flags = MAP_ANO
   return at;
 }
 
+/// IRETQ's frame, where no 32-bit address reaches it. Its address gives ESP its upper half; see narrow_stack_high.
+constexpr u64 frame_address = 0x4a1200000000 | narrow_stack_high | 0x5000;
+
 u8* code_alias;  ///< the code pages once more, to write to
 
 void prepare(const Case& c, const u8* pattern) {
   NativeState& s = state();
   const Registers& r = c.in;
+  u64* frame = reinterpret_cast<u64*>(frame_address);
+  frame[0] = r.rip, frame[1] = r.selector[1], frame[2] = r.rflags, frame[3] = r.gpr[4], frame[4] = r.selector[2];
   std::memcpy(s.gpr, r.gpr, sizeof s.gpr);
   s.rip = r.rip;
   s.cs = r.selector[1];
@@ -249,6 +254,7 @@ void Worker::start() {
   u8* data = static_cast<u8*>(map_at(data_address, data_total, PROT_READ | PROT_WRITE));
   std::memcpy(data, shared_->pattern, data_total);
   mprotect(data + data_bytes, readonly_bytes, PROT_READ);
+  map_at(frame_address & page_mask, page_size, PROT_READ | PROT_WRITE);
   void* exit_page = map_at(exit_address, page_size, PROT_READ | PROT_WRITE);
   // As in the guest, but for the jump that takes the place of its HLT.
   static constexpr u8 jump[8] = {0xff, 0x25, 2};  // jmp [rip + 2]: aligned, whatever RFLAGS.AC says
