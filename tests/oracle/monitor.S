@@ -55,6 +55,10 @@ next_test:
     rep stosl
     decl %edx
     jnz 1b
+    movl $PAGING_FRAMES, %edi
+    movl $0x1000, %ecx
+    movl $0xcccccccc, %eax
+    rep stosl
     lgdtl AT(gdt_pointer)
     lidtl AT(idt_pointer)
     ljmpl $0x08, $AT(1f)
