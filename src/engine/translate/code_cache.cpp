@@ -104,7 +104,7 @@ Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, std::size_t us
            .mode = u8(mode)};
   page.first_block = block_count_++;
   page.lines |= lines;
-  code_used_ += (used + 15) & ~std::size_t(15);
+  code_used_ += aligned(used);
   return &block;
 }
 

@@ -72,9 +72,11 @@ class CodeCache {
   u8* free_code() { return code_ + code_used_; }
   u8* code_end() { return code_ + code_bytes; }
   /// Code up to here survives clear(): the common stubs.
-  void keep_code(const u8* end) { code_kept_ = code_used_ = std::size_t(end - code_); }
+  void keep_code(const u8* end) { code_kept_ = code_used_ = aligned(std::size_t(end - code_)); }
 
  private:
+  /// Blocks begin on multiples of 16, as the end does: none can be behind it.
+  static constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 15) & ~std::size_t(15); }
   static constexpr u32 block_slots = max_blocks * 2, page_slots = max_pages * 2, removed = ~0u;
   static u32 block_slot(u64 address, unsigned mode);
 
