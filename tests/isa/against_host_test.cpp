@@ -69,6 +69,7 @@ class Comparison {
   u64 instances() const { return instances_; }
   u64 cases() const { return cases_; }
   u64 traps() const { return traps_; }
+  u64 endless_cases() const { return endless_; }
   u64 failures() const { return failures_; }
 
   /// Runs cases [from, from + count).
@@ -85,6 +86,10 @@ class Comparison {
       instances_ += std::min<u64>(engine_.instructions() - before + 1, c.instructions);
       traps_ += host.trap != no_trap;
       if (std::getenv("ANYKVM_ISA_TRAPS")) ++trap_counts_[host.trap];
+      if (host.trap == endless && outcome_.trap == endless) {  // a loop that both went on with until they were stopped
+        ++endless_;
+        continue;
+      }
       if (same(c, host, outcome_)) continue;
       failed_.push_back(c);
       reports_.push_back(report(c, host, outcome_, engine_.name()));
@@ -158,7 +163,7 @@ class Comparison {
   std::vector<std::string> reports_;  ///< of the same, as they were met
   std::map<u32, u64> trap_counts_;
   std::map<std::string, Group> groups_;
-  u64 cases_ = 0, instances_ = 0, traps_ = 0, failures_ = 0;
+  u64 cases_ = 0, instances_ = 0, traps_ = 0, endless_ = 0, failures_ = 0;
 };
 
 void compare(std::vector<Mode> modes, u64 otherwise) {
@@ -181,10 +186,12 @@ void compare(std::vector<Mode> modes, u64 otherwise) {
       comparison.run(number, Worker::batch);
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  std::printf("%llu instances in %llu cases, %llu exceptions, %u restarts, %.1f s: %.0f instances a second\n",
-              (unsigned long long)comparison.instances(), (unsigned long long)comparison.cases(),
-              (unsigned long long)comparison.traps(), comparison.worker().restarts(), seconds,
-              double(comparison.instances()) / seconds);
+  std::printf(
+      "%llu instances in %llu cases, %llu exceptions, %llu endless on both, %u restarts, %.1f s: %.0f instances a "
+      "second\n",
+      (unsigned long long)comparison.instances(), (unsigned long long)comparison.cases(),
+      (unsigned long long)comparison.traps(), (unsigned long long)comparison.endless_cases(),
+      comparison.worker().restarts(), seconds, double(comparison.instances()) / seconds);
   comparison.print();
   EXPECT_EQ(comparison.failures(), 0u);
 }

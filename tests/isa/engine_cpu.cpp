@@ -106,6 +106,7 @@ void EngineCpu::load(const Case& c) {
   std::memcpy(s.fpu.vector[16], in.zmm_upper, sizeof in.zmm_upper);
   std::memcpy(s.fpu.opmask, in.opmask, sizeof in.opmask);
   std::memcpy(s.fpu.x87, in.fx, 160);
+  s.fpu.x87_code_selector = s.fpu.x87_data_selector = 0;
   s.fpu.mxcsr = in.mxcsr();
   cpu_.update_mode();
 }

@@ -46,6 +46,8 @@ bool accesses_parts(const ZydisDecodedInstruction& d, const Operands& operands) 
 
 }  // namespace
 
+bool is_of_access(u32 trap) { return (trap >= 12 && trap <= 14) || trap == 17; }
+
 u64 undefined_flags_of(ZydisMnemonic mnemonic) {
   for (const UndefinedFlags& u : undefined_flags)
     if (u.mnemonic == mnemonic) return u.flags;
@@ -54,7 +56,7 @@ u64 undefined_flags_of(ZydisMnemonic mnemonic) {
 
 Leniency leniency_of(const Case& c, const Outcome& host) {
   Leniency leniency{.x87_pointers = true, .in_use = true};
-  if (host.trap >= 12 && host.trap <= 14) {
+  if (is_of_access(host.trap)) {
     const u64 at = host.out.rip - c.in.rip;
     ZydisDecodedInstruction d;
     Operands operands;

@@ -9,8 +9,11 @@ struct Leniency {
   u64 flags = 0;               ///< bits of RFLAGS
   bool x87_pointers = false;   ///< FOP, FIP, FDP
   bool in_use = false;         ///< XINUSE
-  bool several_parts = false;  ///< which of #PF, #GP and #SS, and a page fault's address and direction
+  bool several_parts = false;  ///< which of #PF, #GP, #SS and #AC, and a page fault's address and direction
 };
+
+/// Whether an access to memory raises this exception.
+bool is_of_access(u32 trap);
 
 /// The flags that an instruction leaves undefined and that the engine does not take from the host.
 u64 undefined_flags_of(ZydisMnemonic mnemonic);
