@@ -64,7 +64,7 @@ selftests: packages build
 # Not isa: one thread, and wild addresses that hit the sanitizer's own memory.
 tsan: packages guests
 	@$(MAKE) PRESET=tsan build
-	@ctest --test-dir build/tsan --output-on-failure --no-tests=error -j $$(nproc) -L unit -LE isa
+	@ctest --test-dir build/tsan --output-on-failure --no-tests=error -j $$(nproc) -L unit
 	@ctest --test-dir build/tsan --output-on-failure --no-tests=error -R '^system\.linux-6\.(1-smp4|12-smp4-translate)$$'
 
 FUZZ_TIME ?= 60
