@@ -6,6 +6,7 @@ import argparse
 import importlib.machinery
 import importlib.util
 import pathlib
+import subprocess
 import sys
 import tempfile
 
@@ -76,8 +77,14 @@ def figures():
     check("geometric mean", abs(run.mean([1.0, 4.0]) - 2) < 1e-9 and run.mean([1.0, None]) is None and run.mean([]) is None)
 
 
+def bad_table():
+    refused = subprocess.run([BENCH / "run", "--table", "/nothing"], capture_output=True, text=True, timeout=20)
+    check("--table with no file is refused before the work", refused.returncode == 2 and "/nothing" in refused.stderr)
+
+
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
     reading()
     restarting()
     figures()
+    bad_table()
