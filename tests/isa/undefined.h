@@ -9,6 +9,7 @@ struct Leniency {
   u64 flags = 0;               ///< bits of RFLAGS
   bool x87_pointers = false;   ///< FOP, FIP, FDP
   bool in_use = false;         ///< XINUSE
+  bool too_long = false;       ///< #GP for more than 15 bytes instead of #UD
   bool several_parts = false;  ///< which of #PF, #GP, #SS and #AC, and a page fault's address and direction
 };
 
