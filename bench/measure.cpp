@@ -75,6 +75,19 @@ kvm_segment flat(std::uint16_t selector, std::uint8_t type, bool code) {
   return segment;
 }
 
+/// From the reset state to 0:rip.
+void begin_in_real_mode(anykvm::Vcpu& vcpu, std::uint16_t rip, std::uint16_t rsp) {
+  kvm_sregs sregs = vcpu.sregs();
+  sregs.cs.base = 0;
+  sregs.cs.selector = 0;
+  vcpu.set_sregs(sregs);
+  kvm_regs regs{};
+  regs.rip = rip;
+  regs.rsp = rsp;
+  regs.rflags = 2;
+  vcpu.set_regs(regs);
+}
+
 /// One vCPU in long mode at `entry`, 2 MiB mapped where they are.
 class LongModeGuest {
  public:
@@ -271,15 +284,7 @@ void measure_wake() {
   vm.set_up_memory_slot(vm.allocate_memory_slot(0x3000), memory.at(0), 0);
   vm.create_irq_chip();
   anykvm::Vcpu vcpu = vm.create_vcpu();
-  kvm_sregs sregs = vcpu.sregs();
-  sregs.cs.base = 0;
-  sregs.cs.selector = 0;
-  vcpu.set_sregs(sregs);
-  kvm_regs regs{};
-  regs.rip = code_at;
-  regs.rsp = stack;
-  regs.rflags = 2;
-  vcpu.set_regs(regs);
+  begin_in_real_mode(vcpu, code_at, stack);
   print_percentiles("wake", reaction_microseconds(
                                 std::chrono::milliseconds(1),
                                 [&] {
@@ -318,13 +323,7 @@ void live_once() {
   vm.create_irq_chip();
   vm.create_pit();
   anykvm::Vcpu vcpu = vm.create_vcpu();
-  kvm_sregs sregs = vcpu.sregs();
-  sregs.cs.base = 0;
-  sregs.cs.selector = 0;
-  vcpu.set_sregs(sregs);
-  kvm_regs regs{};
-  regs.rflags = 2;
-  vcpu.set_regs(regs);
+  begin_in_real_mode(vcpu, 0, 0);
   if (!std::holds_alternative<anykvm::exits::IoOut>(vcpu.run())) throw std::runtime_error("no port exit");
 }
 

@@ -194,25 +194,27 @@ void Translation::check(const Address& address, unsigned size, bool write, unsig
   }
   add_cold(cold);
   if (!alignment) return;
-  Cold misaligned{};
-  misaligned.kind = Cold::Kind::step;
-  misaligned.guest = n;
   if (!flags_live) {
     a_.test_byte_immediate(address_scratch, u8(alignment - 1));
-    misaligned.site = a_.jump_if_later(5);  // jnz
-  } else {
-    a_.store(offsetof(Context, temporary), rcx);
-    a_.extract_bits(rcx, address_scratch,
-                    offsetof(Context, low_bits) + (alignment == 16   ? 0
-                                                   : alignment == 32 ? 8
-                                                                     : 16));
-    u8* aligned = a_.jump_if_rcx_zero_later();
-    misaligned.site = a_.jump_later();
-    misaligned.restores_rcx = true;
-    a_.aim_short(aligned);
-    a_.load(rcx, offsetof(Context, temporary));
+    step_at(a_.jump_if_later(5), n);  // jnz
+    return;
   }
-  add_cold(misaligned);
+  a_.store(offsetof(Context, temporary), rcx);
+  a_.extract_bits(rcx, address_scratch, offsetof(Context, low_bits) + (alignment == 16 ? 0 : alignment == 32 ? 8 : 16));
+  u8* aligned = a_.jump_if_rcx_zero_later();
+  step_restoring_rcx(n);
+  a_.aim_short(aligned);
+  a_.load(rcx, offsetof(Context, temporary));
+}
+
+/// Has the jump at site go to the step of instruction n.
+void Translation::step_at(u8* site, unsigned n, bool restores_rcx) {
+  Cold cold{};
+  cold.kind = Cold::Kind::step;
+  cold.guest = n;
+  cold.restores_rcx = restores_rcx;
+  cold.site = site;
+  add_cold(cold);
 }
 
 void Translation::step(const Guest& g, bool leave) {
@@ -311,15 +313,20 @@ void Translation::link(s32 target, bool flags_live, unsigned n) {
       a_.load(x86::rcx, offsetof(Context, temporary));
     }
   }
+  aim_or_link(a_.jump_later(), target, n);
+}
+
+/// Aims the jump at the target's code, or has it leave until there is some.
+void Translation::aim_or_link(u8* site, s32 target, unsigned n) {
   if (const Block* block = request_.cache->find(request_.address + unsigned(target), request_.mode.number())) {
-    a_.jump(block->code);
+    a_.aim(site, block->code);
     return;
   }
   Cold cold{};
   cold.kind = Cold::Kind::link;
   cold.target = target;
   cold.guest = n;
-  cold.site = a_.jump_later();
+  cold.site = site;
   add_cold(cold);
 }
 
@@ -328,17 +335,7 @@ void Translation::emit_jump_if(const Guest& g, unsigned n) {
   const unsigned condition = g.d.instruction.opcode & 15;
   const s32 target = branch_target(g);
   if (in_page(target) && target > s32(g.offset)) {
-    u8* const site = a_.jump_if_later(condition);
-    if (const Block* block = request_.cache->find(request_.address + unsigned(target), request_.mode.number())) {
-      a_.aim(site, block->code);
-    } else {
-      Cold cold{};
-      cold.kind = Cold::Kind::link;
-      cold.target = target;
-      cold.guest = n;
-      cold.site = site;
-      add_cold(cold);
-    }
+    aim_or_link(a_.jump_if_later(condition), target, n);
     return;
   }
   u8* const not_taken = a_.jump_if_later(condition ^ 1);
@@ -367,6 +364,14 @@ void Translation::indirect() {
   a_.store(offsetof(Context, page_base), rcx);
   a_.load(rcx, offsetof(Context, temporary));
   a_.jump_context(jumps + u32(offsetof(JumpCache, code)), index_scratch, 3);
+}
+
+/// What is in Context::target.
+void Translation::push_target(unsigned n, bool flags_live) {
+  check({.base = x86::rsp, .displacement = -8}, 8, true, n, flags_live);
+  a_.load(index_scratch, offsetof(Context, target));
+  a_.store_to(address_scratch, 0, index_scratch);
+  a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
 }
 
 void Translation::push_return_address(const Guest& g, unsigned n) {

@@ -9,7 +9,7 @@ namespace anykvm::engine::translate {
 
 namespace {
 
-using x86::rcx, x86::rax, x86::rdx, x86::rsp;
+using x86::rcx, x86::rax, x86::rdx;
 constexpr s32 other_flags_at = offsetof(x86::CpuState, other_flags);
 constexpr s32 gs_base_at =
     offsetof(x86::CpuState, segment) + x86::gs * sizeof(x86::Segment) + offsetof(x86::Segment, base);
@@ -20,23 +20,11 @@ constexpr u32 temporary = offsetof(Context, temporary), at_state = offsetof(Cont
 
 }  // namespace
 
-void Translation::step_restoring_rcx(unsigned n) {
-  Cold cold{};
-  cold.kind = Cold::Kind::step;
-  cold.guest = n;
-  cold.restores_rcx = true;
-  cold.site = a_.jump_later();
-  add_cold(cold);
-}
-
 void Translation::emit_push_memory(const Guest& g, unsigned n) {
   check(address_of(g, g.d.operands[0]), 8, false, n, g.flags_live);
   a_.load_from(address_scratch, address_scratch, 0);
   a_.store(target, address_scratch);
-  check({.base = rsp, .displacement = -8}, 8, true, n, g.flags_live);
-  a_.load(index_scratch, target);
-  a_.store_to(address_scratch, 0, index_scratch);
-  a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
+  push_target(n, g.flags_live);
 }
 
 void Translation::emit_push_flags(const Guest&, unsigned n) {
@@ -48,10 +36,7 @@ void Translation::emit_push_flags(const Guest&, unsigned n) {
   a_.load_from(index_scratch, index_scratch, other_flags_at);
   a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
   a_.store(target, address_scratch);
-  check({.base = rsp, .displacement = -8}, 8, true, n, true);
-  a_.load(index_scratch, target);
-  a_.store_to(address_scratch, 0, index_scratch);
-  a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
+  push_target(n, true);
 }
 
 void Translation::emit_move_from_segment(const Guest& g) {

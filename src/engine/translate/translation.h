@@ -39,7 +39,6 @@ class Translation {
     u32 fill;
     unsigned guest;  ///< instruction
     s32 target;      ///< link, back_edge: offset of the target in the page
-    bool flags_live;
   };
 
   void collect();
@@ -56,8 +55,6 @@ class Translation {
   void emit_set_interrupt(unsigned n);
   void emit_swap_gs();
   void emit_read_time(const Guest& g, unsigned n);
-  /// Jumps to the step of instruction n, RCX restored from Context::temporary.
-  void step_restoring_rcx(unsigned n);
   void emit_cold(const Cold& cold);
 
   Address address_of(const Guest& g, const ZydisDecodedOperand& operand) const;
@@ -65,13 +62,18 @@ class Translation {
   /// Leaves the host address of [address, size) in the address scratch register.
   void check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live, unsigned alignment = 0);
   void step(const Guest& g, bool leave);
+  void step_at(u8* site, unsigned n, bool restores_rcx = false);
+  /// Jumps to the step of instruction n, RCX restored from Context::temporary.
+  void step_restoring_rcx(unsigned n) { step_at(a_.jump_later(), n, true); }
   void link(s32 target, bool flags_live, unsigned n);
+  void aim_or_link(u8* site, s32 target, unsigned n);
   void to_page_offset(Register to, s32 offset) {
     a_.load(to, offsetof(Context, page_base));
     a_.lea(to, to, -1, 0, offset);
   }
   /// Continues at the guest address in the address scratch register, wherever that is.
   void indirect();
+  void push_target(unsigned n, bool flags_live);
   void push_return_address(const Guest& g, unsigned n);
   u32 tlb(unsigned field) const {
     return offsetof(Context, tlb) + unsigned(request_.mode.privilege) * sizeof(TlbEntry) * tlb_entries + field;
