@@ -65,15 +65,13 @@ class Assembler {
 
   /// lea to, [base + index * 2^shift + displacement]; flags stay. index < 0: none. base < 0: none.
   void lea(Register to, int base, int index, unsigned shift, s32 displacement, bool wide = true) {
-    const unsigned b = base < 0 ? 5 : unsigned(base);
-    byte(rex(wide, to, index < 0 ? 0 : unsigned(index), base < 0 ? 0 : b));
+    byte(rex(wide, to, index < 0 ? 0 : unsigned(index), base < 0 ? 0 : unsigned(base)));
     byte(0x8d);
-    if (index < 0 && base >= 0 && (b & 7) != 4) {
-      byte(0x80 | (to & 7) << 3 | (b & 7));
-    } else {
-      byte((base < 0 ? 0x00 : 0x80) | (to & 7) << 3 | 4);
-      byte(shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | (b & 7));
+    if (base >= 0) {
+      address(to, Register(base), displacement, index, shift);
+      return;
     }
+    bytes((to & 7) << 3 | 4, shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | 5);
     dword(u32(displacement));
   }
 
@@ -119,8 +117,7 @@ class Assembler {
   // --- memory through a register
   // --------------------------------------------------------------------------------------
   void load_from(Register to, Register base, s32 displacement, bool wide = true) {
-    byte(rex(wide, to, 0, base));
-    byte(0x8b);
+    bytes(rex(wide, to, 0, base), 0x8b);
     address(to, base, displacement);
   }
   /// movzx to, word [base + displacement]
@@ -133,10 +130,19 @@ class Assembler {
     byte(0x89);
     address(from, base, displacement);
   }
-  void address(unsigned reg, Register base, s32 displacement) {
-    byte(0x80 | (reg & 7) << 3 | (base & 7));
-    if ((base & 7) == 4) byte(0x24);
-    dword(u32(displacement));
+  /// ModRM, SIB and displacement of [base + index * 2^shift + displacement], the shortest there is. index < 0: none.
+  /// scaled: a displacement of 8 bits counts in units (EVEX).
+  void address(unsigned reg, Register base, s32 displacement, int index = -1, unsigned shift = 0, bool scaled = false) {
+    const bool none = displacement == 0 && (base & 7) != 5;
+    const bool narrow = displacement == 0 || (!scaled && displacement == s8(displacement));
+    const bool sib = index >= 0 || (base & 7) == 4;
+    byte((none ? 0u : narrow ? 0x40u : 0x80u) | (reg & 7) << 3 | (sib ? 4 : base & 7));
+    if (sib) byte(shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | (base & 7));
+    if (none) return;
+    if (narrow)
+      byte(u8(displacement));
+    else
+      dword(u32(displacement));
   }
 
   // --- branches

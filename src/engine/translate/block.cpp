@@ -28,7 +28,7 @@ bool ends_block(Kind kind) {
 /// Whether all flags are overwritten from here on before any is read, as far as a few instructions show.
 bool flags_dead_at(const u8* page, s64 offset, bool supervisor, u64& lines) {
   u32 live = all_flags;
-  for (unsigned n = 0; n < 4 && offset >= 0; ++n) {
+  for (unsigned n = 0; n < 8 && offset >= 0; ++n) {
     Decoded d;
     if (!decode_at(page, unsigned(offset), d)) return false;
     lines |= lines_of(unsigned(offset), d.instruction.length);
@@ -148,18 +148,22 @@ void Translation::compute(const Address& address) {
   } else if (index >= 0) {
     index = home(unsigned(index));
   }
-  a_.lea(address_scratch, base, index, address.shift, address.displacement);
+  if (base >= 0 && index < 0 && address.displacement == 0) {
+    if (base != address_scratch) a_.move(address_scratch, Register(base));
+  } else {
+    a_.lea(address_scratch, base, index, address.shift, address.displacement);
+  }
   if (address.segment >= 0) {
     a_.load(index_scratch, address.segment == x86::fs ? offsetof(Context, fs_base) : offsetof(Context, gs_base));
     a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
   }
 }
 
-void Translation::check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live,
-                        unsigned alignment) {
+/// Leaves in the address scratch register the offset in the page, in the index scratch register where the TLB's entry
+/// is: its offset in the table if flags live not, else an eighth of that.
+void Translation::check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live) {
   constexpr Register rcx = x86::rcx;
   const u32 tag = tlb(write ? offsetof(TlbEntry, minus_write) : offsetof(TlbEntry, minus_read));
-  const u32 host = tlb(offsetof(TlbEntry, host));
   Cold cold{};
   cold.kind = Cold::Kind::refill;
   cold.retry = a_.here();
@@ -167,15 +171,14 @@ void Translation::check(const Address& address, unsigned size, bool write, unsig
   cold.fill = FillRequest::encode(size, write, request_.mode.privilege);
   cold.guest = n;
   compute(address);
+  static_assert(sizeof(TlbEntry) == 32);
   if (!flags_live) {
-    static_assert(sizeof(TlbEntry) == 32);
     a_.move(index_scratch, address_scratch);
     a_.shift_right(index_scratch, 12 - 5);
     a_.and_immediate32(index_scratch, (tlb_entries - 1) << 5);
     a_.add(address_scratch, tag, index_scratch);
     a_.compare_immediate(address_scratch, s32(page_size - size));
     cold.site = a_.jump_if_later(7);  // ja
-    a_.add(address_scratch, host, index_scratch);
   } else {
     a_.extract_bits(index_scratch, address_scratch, offsetof(Context, tlb_index_bits));
     a_.lea(index_scratch, -1, index_scratch, 2, 0);
@@ -188,23 +191,34 @@ void Translation::check(const Address& address, unsigned size, bool write, unsig
     cold.site = a_.jump_later();
     cold.restores_rcx = true;
     a_.aim_short(hit);
-    a_.load(rcx, host, index_scratch, 3);
-    a_.lea(address_scratch, address_scratch, rcx, 0, 0);
     a_.load(rcx, offsetof(Context, temporary));
   }
   add_cold(cold);
-  if (!alignment) return;
+}
+
+void Translation::check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live) {
+  check_tag(address, size, write, n, flags_live);
+  const u32 host = tlb(offsetof(TlbEntry, host));
   if (!flags_live) {
-    a_.test_byte_immediate(address_scratch, u8(alignment - 1));
-    step_at(a_.jump_if_later(5), n);  // jnz
-    return;
+    a_.add(address_scratch, host, index_scratch);
+  } else {
+    a_.load(index_scratch, host, index_scratch, 3);
+    a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
   }
-  a_.store(offsetof(Context, temporary), rcx);
-  a_.extract_bits(rcx, address_scratch, offsetof(Context, low_bits) + (alignment == 16 ? 0 : alignment == 32 ? 8 : 16));
-  u8* aligned = a_.jump_if_rcx_zero_later();
-  step_restoring_rcx(n);
-  a_.aim_short(aligned);
-  a_.load(rcx, offsetof(Context, temporary));
+}
+
+/// Like check(), but where one register and a displacement make the address, that register stays in it: the processor
+/// knows then where a load finds what was stored last.
+Place Translation::locate(const Address& address, unsigned size, bool write, unsigned n, bool flags_live) {
+  const bool plain = address.base >= 0 && !in_context(unsigned(address.base)) && address.index < 0 &&
+                     address.segment < 0 && !address.rip_relative;
+  if (!plain) {
+    check(address, size, write, n, flags_live);
+    return {.base = address_scratch};
+  }
+  check_tag(address, size, write, n, flags_live);
+  a_.load(index_scratch, tlb(offsetof(TlbEntry, addend)), index_scratch, flags_live ? 3 : 0);
+  return {.base = home(unsigned(address.base)), .index = index_scratch, .displacement = address.displacement};
 }
 
 /// Has the jump at site go to the step of instruction n.
@@ -268,12 +282,10 @@ void Translation::emit_native(const Guest& g, unsigned n) {
   }
   if (memory) {
     const bool write = memory->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
-    check(address_of(g, *memory), memory->size / 8, write, n, g.flags_live,
-          required_alignment(g.d, unit_of(g.d), memory->size / 8));
-    renaming.memory_register = address_scratch;
+    renaming.memory = locate(address_of(g, *memory), memory->size / 8, write, n, g.flags_live);
   }
   // The spilled registers that it names borrow the scratch registers.
-  Register borrowed = index_scratch;
+  Register borrowed = renaming.memory.index == index_scratch ? address_scratch : index_scratch;
   for (unsigned guest = 13; guest < 16; ++guest) {
     if (!(spilled >> guest & 1)) continue;
     renaming.registers[guest] = borrowed;

@@ -25,8 +25,8 @@ constexpr Register home(unsigned guest) { return guest == x86::rsp ? guest_rsp :
 /// slot's page, which no address of this slot can match.
 struct TlbEntry {
   u64 minus_read, minus_write;
-  u64 host;
-  u64 unused;
+  u64 host;    ///< address of the page
+  u64 addend;  ///< host address - guest address
 };
 inline constexpr unsigned tlb_entries = 1024;
 /// A tag for a slot that is empty: of a page that neither this slot nor a neighbour can be asked for.

@@ -58,6 +58,7 @@ bool Translator::fill(Gva address, u32 request) {
   if (entry.host != host_page || (entry.minus_read != minus_page && entry.minus_write != minus_page)) {
     entry.minus_read = entry.minus_write = minus_other_page(slot);
     entry.host = host_page;
+    entry.addend = host_page + minus_page;
     if (tlb_used_count_ < std::size(tlb_used_))
       tlb_used_[tlb_used_count_] = u16(unsigned(privilege) * tlb_entries + slot);
     ++tlb_used_count_;

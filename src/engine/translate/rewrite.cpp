@@ -41,7 +41,9 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
       default: return false;
     }
   }
-  if (memory != (renaming.memory_register >= 0)) return false;
+  if (memory != (renaming.memory.base >= 0)) return false;
+  const unsigned base = memory ? unsigned(renaming.memory.base) : 0;
+  const unsigned index = memory && renaming.memory.index >= 0 ? unsigned(renaming.memory.index) : 0;
 
   unsigned at = 0;
   unsigned rex = 0;
@@ -68,7 +70,7 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
     case ZYDIS_INSTRUCTION_ENCODING_LEGACY: {
       unsigned out = rex;
       if (reg >= 0) out = with_bit(out, 2, unsigned(reg) >> 3);
-      if (memory) out = with_bit(with_bit(out, 1, 0), 0, unsigned(renaming.memory_register) >> 3);
+      if (memory) out = with_bit(with_bit(out, 1, index >> 3), 0, base >> 3);
       if (rm >= 0) out = with_bit(out, 0, unsigned(rm) >> 3);
       if (in_opcode >= 0) out = with_bit(out, 0, unsigned(in_opcode) >> 3);
       if (out || rex) {
@@ -89,7 +91,7 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
         at += 3;
       }
       if (reg >= 0) first = with_bit(first, 7, ~unsigned(reg) >> 3);
-      if (memory) first = with_bit(with_bit(first, 6, 1), 5, ~unsigned(renaming.memory_register) >> 3);
+      if (memory) first = with_bit(with_bit(first, 6, ~index >> 3), 5, ~base >> 3);
       if (rm >= 0) first = with_bit(first, 5, ~unsigned(rm) >> 3);
       if (vvvv >= 0) second = (second & ~0x78u) | (~unsigned(vvvv) & 15) << 3;
       a.bytes(0xc4, first, second);
@@ -99,7 +101,7 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
       // R', X and B with a general register or a base that is none of the upper vector registers.
       unsigned first = bytes[at + 1];
       if (reg >= 0) first = with_bit(with_bit(first, 4, 1), 7, ~unsigned(reg) >> 3);
-      if (memory) first = with_bit(with_bit(first, 6, 1), 5, ~unsigned(renaming.memory_register) >> 3);
+      if (memory) first = with_bit(with_bit(first, 6, ~index >> 3), 5, ~base >> 3);
       if (rm >= 0) first = with_bit(with_bit(first, 6, 1), 5, ~unsigned(rm) >> 3);
       if (vvvv >= 0) return false;
       a.bytes(0x62, first, bytes[at + 2], bytes[at + 3]);
@@ -119,15 +121,11 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
   unsigned modrm = bytes[modrm_at];
   if (reg >= 0) modrm = (modrm & ~0x38u) | (unsigned(reg) & 7) << 3;
   if (rm >= 0) modrm = (modrm & ~7u) | (unsigned(rm) & 7);
-  if (memory) {
-    const unsigned base = unsigned(renaming.memory_register) & 7;
-    modrm = (modrm & 0x38) | base | (base == 5 ? 0x40 : 0);
+  if (memory)
+    a.address(modrm >> 3 & 7, Register(base), renaming.memory.displacement, renaming.memory.index, 0,
+              d.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX);
+  else
     a.byte(modrm);
-    if (base == 4) a.byte(0x24);
-    if (base == 5) a.byte(0);
-  } else {
-    a.byte(modrm);
-  }
   unsigned tail = modrm_at + 1;
   if (d.attributes & ZYDIS_ATTRIB_HAS_SIB) ++tail;
   tail += d.raw.disp.size / 8;

@@ -9,9 +9,15 @@
 
 namespace anykvm::engine::translate {
 
+/// Where a memory operand lies: [base + index + displacement] of the host's.
+struct Place {
+  int base = -1, index = -1;  ///< host registers; -1: none
+  s32 displacement = 0;
+};
+
 struct Renaming {
-  Register registers[16];    ///< host register for each general register that ModRM, the opcode or VEX.vvvv names
-  int memory_register = -1;  ///< the memory operand becomes [register]
+  Register registers[16];  ///< host register for each general register that ModRM, the opcode or VEX.vvvv names
+  Place memory;            ///< what becomes of the memory operand
 };
 
 /// false: the instruction cannot be encoded so (AH-DH together with a register that needs REX).

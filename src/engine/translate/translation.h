@@ -3,6 +3,7 @@
 
 #include "engine/translate/analysis.h"
 #include "engine/translate/block.h"
+#include "engine/translate/rewrite.h"
 
 namespace anykvm::engine::translate {
 
@@ -60,7 +61,9 @@ class Translation {
   Address address_of(const Guest& g, const ZydisDecodedOperand& operand) const;
   void compute(const Address& address);
   /// Leaves the host address of [address, size) in the address scratch register.
-  void check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live, unsigned alignment = 0);
+  void check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live);
+  void check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live);
+  Place locate(const Address& address, unsigned size, bool write, unsigned n, bool flags_live);
   void step(const Guest& g, bool leave);
   void step_at(u8* site, unsigned n, bool restores_rcx = false);
   /// Jumps to the step of instruction n, RCX restored from Context::temporary.
