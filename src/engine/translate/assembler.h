@@ -10,6 +10,12 @@ namespace anykvm::engine::translate {
 /// Host registers by number; the guest's keep their own where they can (see registers.h).
 using Register = u8;
 
+/// Where a memory operand lies: [base + index + displacement] of the host's.
+struct Place {
+  int base = -1, index = -1;  ///< host registers; -1: none
+  s32 displacement = 0;
+};
+
 class Assembler {
  public:
   Assembler(u8* at, u8* end) : at_(at), end_(end) {}
@@ -65,7 +71,7 @@ class Assembler {
 
   /// lea to, [base + index * 2^shift + displacement]; flags stay. index < 0: none. base < 0: none.
   void lea(Register to, int base, int index, unsigned shift, s32 displacement, bool wide = true) {
-    byte(rex(wide, to, index < 0 ? 0 : unsigned(index), base < 0 ? 0 : unsigned(base)));
+    byte(rex(wide, to, index, base));
     byte(0x8d);
     if (base >= 0) {
       address(to, Register(base), displacement, index, shift);
@@ -81,7 +87,7 @@ class Assembler {
   void context_op(std::initializer_list<u8> opcode, Register reg, u32 offset, int index = -1, unsigned shift = 0,
                   bool wide = true) {
     byte(0x65);
-    byte(rex(wide, reg, index < 0 ? 0 : unsigned(index), 0));
+    byte(rex(wide, reg, index, 0));
     for (u8 b : opcode) byte(b);
     byte((reg & 7) << 3 | 4);
     byte(shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | 5);
@@ -129,6 +135,23 @@ class Assembler {
     byte(rex(1, from, 0, base));
     byte(0x89);
     address(from, base, displacement);
+  }
+  void load_from(Register to, const Place& from) {
+    bytes(rex(1, to, from.index, from.base), 0x8b);
+    address(to, from);
+  }
+  void store_to(const Place& to, Register from) {
+    bytes(rex(1, from, to.index, to.base), 0x89);
+    address(from, to);
+  }
+  /// mov qword [to], value
+  void store_signed32(const Place& to, s32 value) {
+    bytes(rex(1, 0, to.index, to.base), 0xc7);
+    address(0, to);
+    dword(u32(value));
+  }
+  void address(unsigned reg, const Place& place, bool scaled = false) {
+    address(reg, Register(place.base), place.displacement, place.index, 0, scaled);
   }
   /// ModRM, SIB and displacement of [base + index * 2^shift + displacement], the shortest there is. index < 0: none.
   /// scaled: a displacement of 8 bits counts in units (EVEX).
@@ -194,8 +217,9 @@ class Assembler {
   void ret() { byte(0xc3); }
 
  private:
-  static unsigned rex(unsigned w, unsigned reg, unsigned index, unsigned base) {
-    return 0x40 | (w ? 8u : 0u) | (reg >> 3 & 1) << 2 | (index >> 3 & 1) << 1 | (base >> 3 & 1);
+  /// index < 0: none.
+  static unsigned rex(unsigned w, unsigned reg, int index, int base) {
+    return 0x40 | (w ? 8u : 0u) | (reg >> 3 & 1) << 2 | (index >= 8) << 1 | (base >= 8);
   }
   /// VEX.0F38 /r with mandatory prefix pp, 64 bits: [C4] [R~ X~ B~ map 2] [W vvvv~ L pp].
   void parallel_bits(unsigned pp, Register to, Register from, u32 offset) {

@@ -105,7 +105,9 @@ void Translation::collect() {
     if (g.taken_flags_live) live = all_flags;
     live = (live & ~g.what.flags_killed) | g.what.flags_read;
     g.flags_live = live != 0;
+    g.operand_window = g.stack_window = -1;
   }
+  if (!request_.single_checks) plan_windows();
 }
 
 Translation::Address Translation::address_of(const Guest& g, const ZydisDecodedOperand& operand) const {
@@ -128,6 +130,7 @@ Translation::Address Translation::address_of(const Guest& g, const ZydisDecodedO
 
 /// The guest's linear address to the address scratch register. Flags and everything but the scratch registers stay.
 void Translation::compute(const Address& address) {
+  held_ = -1;
   int base = address.base, index = address.index;
   if (address.computed) {
     a_.load(address_scratch, offsetof(Context, target));
@@ -161,11 +164,12 @@ void Translation::compute(const Address& address) {
 
 /// Leaves in the address scratch register the offset in the page, in the index scratch register where the TLB's entry
 /// is: its offset in the table if flags live not, else an eighth of that.
-void Translation::check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live) {
+void Translation::check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live,
+                            Cold::Kind miss) {
   constexpr Register rcx = x86::rcx;
   const u32 tag = tlb(write ? offsetof(TlbEntry, minus_write) : offsetof(TlbEntry, minus_read));
   Cold cold{};
-  cold.kind = Cold::Kind::refill;
+  cold.kind = miss;
   cold.retry = a_.here();
   cold.address = address;
   cold.fill = FillRequest::encode(size, write, request_.mode.privilege);
@@ -207,9 +211,11 @@ void Translation::check(const Address& address, unsigned size, bool write, unsig
   }
 }
 
-/// Like check(), but where one register and a displacement make the address, that register stays in it: the processor
-/// knows then where a load finds what was stored last.
-Place Translation::locate(const Address& address, unsigned size, bool write, unsigned n, bool flags_live) {
+/// The place of the instruction's memory operand. Where one register and a displacement make the address, that register
+/// stays in it: the processor knows then where a load finds what was stored last.
+Place Translation::operand_place(const Guest& g, const Address& address, unsigned size, bool write, unsigned n,
+                                 bool flags_live) {
+  if (g.operand_window >= 0) return in_window(g.operand_window, address.displacement);
   const bool plain = address.base >= 0 && !in_context(unsigned(address.base)) && address.index < 0 &&
                      address.segment < 0 && !address.rip_relative;
   if (!plain) {
@@ -282,7 +288,7 @@ void Translation::emit_native(const Guest& g, unsigned n) {
   }
   if (memory) {
     const bool write = memory->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
-    renaming.memory = locate(address_of(g, *memory), memory->size / 8, write, n, g.flags_live);
+    renaming.memory = operand_place(g, address_of(g, *memory), memory->size / 8, write, n, g.flags_live);
   }
   // The spilled registers that it names borrow the scratch registers.
   Register borrowed = renaming.memory.index == index_scratch ? address_scratch : index_scratch;
@@ -290,6 +296,7 @@ void Translation::emit_native(const Guest& g, unsigned n) {
     if (!(spilled >> guest & 1)) continue;
     renaming.registers[guest] = borrowed;
     a_.load(borrowed, spill_slot(guest));
+    if (borrowed == address_scratch) held_ = -1;
     borrowed = address_scratch;
   }
   if (!rewrite(a_, g.d.instruction, operands, request_.page + g.offset, renaming)) out_of_room_ = true;
@@ -379,23 +386,26 @@ void Translation::indirect() {
 }
 
 /// What is in Context::target.
-void Translation::push_target(unsigned n, bool flags_live) {
-  check({.base = x86::rsp, .displacement = -8}, 8, true, n, flags_live);
+void Translation::push_target(const Guest& g, unsigned n, bool flags_live) {
+  const Place place = on_stack(g, n, -8, true, flags_live);
   a_.load(index_scratch, offsetof(Context, target));
-  a_.store_to(address_scratch, 0, index_scratch);
+  a_.store_to(place, index_scratch);
   a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
 }
 
 void Translation::push_return_address(const Guest& g, unsigned n) {
-  check({.base = x86::rsp, .displacement = -8}, 8, true, n, true);
+  const Place place = on_stack(g, n, -8, true, true);
   to_page_offset(index_scratch, g.next);
-  a_.store_to(address_scratch, 0, index_scratch);
+  a_.store_to(place, index_scratch);
   a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
 }
 
 void Translation::emit(unsigned n) {
   const Guest& g = guests_[n];
   const auto& operand = g.d.operands[0];
+  for (unsigned w = 0; w < window_total_; ++w)
+    if (windows_[w].at == n) check_window(w);
+  if (!keeps_address_scratch(g.what.kind)) held_ = -1;
   switch (g.what.kind) {
     case Kind::step: step(g, false); break;
     case Kind::step_and_end: step(g, true); break;
@@ -409,10 +419,9 @@ void Translation::emit(unsigned n) {
     case Kind::native: emit_native(g, n); break;
     case Kind::lea: emit_lea(g); break;
     case Kind::push: {
-      check({.base = x86::rsp, .displacement = -8}, 8, true, n, g.flags_live);
+      const Place place = on_stack(g, n, -8, true, g.flags_live);
       if (operand.type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
-        a_.bytes(0x49, 0xc7, 0x06);  // mov qword [r14], imm32
-        a_.dword(u32(operand.imm.value.s));
+        a_.store_signed32(place, s32(operand.imm.value.s));
       } else {
         const unsigned guest = unsigned(general_register(operand));
         Register from = home(guest);
@@ -420,26 +429,25 @@ void Translation::emit(unsigned n) {
           a_.load(index_scratch, spill_slot(guest));
           from = index_scratch;
         }
-        a_.store_to(address_scratch, 0, from);
+        a_.store_to(place, from);
       }
       a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
       break;
     }
     case Kind::pop: {
       const unsigned guest = unsigned(general_register(operand));
-      check({.base = x86::rsp}, 8, false, n, g.flags_live);
+      const Place place = on_stack(g, n, 0, false, g.flags_live);
       if (in_context(guest)) {
-        a_.load_from(index_scratch, address_scratch, 0);
+        a_.load_from(index_scratch, place);
         a_.store(spill_slot(guest), index_scratch);
       } else {
-        a_.load_from(home(guest), address_scratch, 0);
+        a_.load_from(home(guest), place);
       }
       a_.lea(guest_rsp, guest_rsp, -1, 0, 8);
       break;
     }
     case Kind::leave:
-      check({.base = x86::rbp}, 8, false, n, g.flags_live);
-      a_.load_from(address_scratch, address_scratch, 0);
+      load_scratch(operand_place(g, {.base = x86::rbp}, 8, false, n, g.flags_live));
       a_.lea(guest_rsp, x86::rbp, -1, 0, 8);
       a_.move(x86::rbp, address_scratch);
       break;
@@ -460,8 +468,7 @@ void Translation::emit(unsigned n) {
     case Kind::jump_indirect:
     case Kind::call_indirect: {
       if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY) {
-        check(address_of(g, operand), 8, false, n, true);
-        a_.load_from(address_scratch, address_scratch, 0);
+        load_scratch(operand_place(g, address_of(g, operand), 8, false, n, true));
       } else {
         const unsigned guest = unsigned(general_register(operand));
         if (in_context(guest))
@@ -481,8 +488,7 @@ void Translation::emit(unsigned n) {
       s32 extra = 0;
       if (operand.type == ZYDIS_OPERAND_TYPE_IMMEDIATE && operand.visibility == ZYDIS_OPERAND_VISIBILITY_EXPLICIT)
         extra = s32(operand.imm.value.u & 0xffff);
-      check({.base = x86::rsp}, 8, false, n, true);
-      a_.load_from(address_scratch, address_scratch, 0);
+      load_scratch(on_stack(g, n, 0, false, true));
       a_.lea(guest_rsp, guest_rsp, -1, 0, 8 + extra);
       indirect();
       break;
@@ -490,17 +496,38 @@ void Translation::emit(unsigned n) {
   }
 }
 
+/// Goes on behind when there is nothing to refill the TLB with.
+void Translation::refill(const Cold& cold) {
+  compute(cold.address);
+  a_.move_immediate32(index_scratch, cold.fill);
+  a_.call(request_.stubs->fill);
+  a_.jump(cold.retry);
+}
+
 void Translation::emit_cold(const Cold& cold) {
   const Guest& g = guests_[cold.guest];
   a_.aim(cold.site);
   if (cold.restores_rcx) a_.load(x86::rcx, offsetof(Context, temporary));
   switch (cold.kind) {
-    case Cold::Kind::refill:
-      compute(cold.address);
-      a_.move_immediate32(index_scratch, cold.fill);
-      a_.call(request_.stubs->fill);
-      a_.jump(cold.retry);
-      [[fallthrough]];
+    case Cold::Kind::window: {
+      u8* crosses = nullptr;
+      if (!cold.restores_rcx) {
+        a_.compare_immediate(address_scratch, s32(page_size - 1));
+        crosses = a_.jump_if_later(6);  // jbe: no refill will help
+      }
+      refill(cold);
+      if (crosses) a_.aim(crosses);
+      // The same place with single checks: leave, telling where the jump is that may be aimed at that.
+      u8* const site = a_.jump_later();
+      a_.aim(site);
+      a_.move_immediate64(address_scratch, reinterpret_cast<u64>(site));
+      a_.store(offsetof(Context, link_site), address_scratch);
+      a_.store(offsetof(Context, wants_checks), address_scratch);
+      to_page_offset(address_scratch, g.offset);
+      a_.jump(leave());
+      break;
+    }
+    case Cold::Kind::refill: refill(cold); [[fallthrough]];
     case Cold::Kind::step: {
       const bool ends = ends_block(g.what.kind);
       step(g, ends);
@@ -521,11 +548,17 @@ void Translation::emit_cold(const Cold& cold) {
   }
 }
 
+/// Whether what is emitted for it resets held_ where it takes the register.
+bool Translation::keeps_address_scratch(Kind kind) {
+  return kind == Kind::nothing || kind == Kind::native || kind == Kind::lea || kind == Kind::push || kind == Kind::pop;
+}
+
 BlockCode Translation::run() {
   collect();
   u8* const begin = a_.here();
   for (unsigned n = 0; n < count_; ++n) {
     emit(n);
+    if (!keeps_address_scratch(guests_[n].what.kind)) held_ = -1;
     after_[n] = a_.here();
   }
   if (falls_through_) link(falls_to_, exit_flags_live_, count_ - 1);

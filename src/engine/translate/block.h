@@ -16,7 +16,8 @@ struct BlockRequest {
   const Stubs* stubs;
   CodeCache* cache;  ///< where direct jumps in the page may find their target
   unsigned limit = most_instructions;
-  bool supervised = false;  ///< only what may be repeated (is_repeatable) is emitted, the rest are steps
+  bool single_checks = false;  ///< no two accesses are checked together
+  bool supervised = false;     ///< only what may be repeated (is_repeatable) is emitted, the rest are steps
 };
 
 /// A block as it lies in memory: its code, and behind it one PlaceInBlock for each instruction.

@@ -43,6 +43,9 @@ struct JumpCache {
 
 constexpr unsigned jump_slot(u64 rip) { return unsigned(rip >> 1) & (jump_entries - 1); }
 
+/// Of one block: groups of accesses that are checked together (windows.cpp).
+inline constexpr unsigned window_count = 16;
+
 /// Which of the guest's vector registers are in the host's while a block runs.
 enum VectorLevel : u8 {
   no_vectors,
@@ -81,6 +84,8 @@ struct Context {
   u32 host_mxcsr;
   u32 faulted;        ///< left because the host raised an exception in the instruction that is next
   u32 wants_vectors;  ///< left because the next instruction needs this VectorLevel
+  u64 wants_checks;   ///< left because accesses that were to be checked together (windows.cpp) must be checked singly
+  u64 addends[window_count];  ///< host address - guest address, of the block's windows
 
   alignas(64) TlbEntry tlb[3][tlb_entries];
   JumpCache jumps[Mode::count];

@@ -122,8 +122,7 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
   if (reg >= 0) modrm = (modrm & ~0x38u) | (unsigned(reg) & 7) << 3;
   if (rm >= 0) modrm = (modrm & ~7u) | (unsigned(rm) & 7);
   if (memory)
-    a.address(modrm >> 3 & 7, Register(base), renaming.memory.displacement, renaming.memory.index, 0,
-              d.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX);
+    a.address(modrm >> 3 & 7, renaming.memory, d.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX);
   else
     a.byte(modrm);
   unsigned tail = modrm_at + 1;

@@ -9,12 +9,6 @@
 
 namespace anykvm::engine::translate {
 
-/// Where a memory operand lies: [base + index + displacement] of the host's.
-struct Place {
-  int base = -1, index = -1;  ///< host registers; -1: none
-  s32 displacement = 0;
-};
-
 struct Renaming {
   Register registers[16];  ///< host register for each general register that ModRM, the opcode or VEX.vvvv names
   Place memory;            ///< what becomes of the memory operand

@@ -21,13 +21,12 @@ constexpr u32 temporary = offsetof(Context, temporary), at_state = offsetof(Cont
 }  // namespace
 
 void Translation::emit_push_memory(const Guest& g, unsigned n) {
-  check(address_of(g, g.d.operands[0]), 8, false, n, g.flags_live);
-  a_.load_from(address_scratch, address_scratch, 0);
+  load_scratch(operand_place(g, address_of(g, g.d.operands[0]), 8, false, n, g.flags_live));
   a_.store(target, address_scratch);
-  push_target(n, g.flags_live);
+  push_target(g, n, g.flags_live);
 }
 
-void Translation::emit_push_flags(const Guest&, unsigned n) {
+void Translation::emit_push_flags(const Guest& g, unsigned n) {
   a_.push_flags();
   a_.pop(address_scratch);
   a_.extract_bits(address_scratch, address_scratch, offsetof(Context, arithmetic_flags));
@@ -36,7 +35,7 @@ void Translation::emit_push_flags(const Guest&, unsigned n) {
   a_.load_from(index_scratch, index_scratch, other_flags_at);
   a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
   a_.store(target, address_scratch);
-  push_target(n, true);
+  push_target(g, n, true);
 }
 
 void Translation::emit_move_from_segment(const Guest& g) {

@@ -10,9 +10,18 @@ namespace anykvm::engine::translate {
 struct Guest {
   Decoded d;
   Analysis what;
-  u16 offset, next;       ///< in the page
-  bool flags_live;        ///< some flag must survive what is added before this instruction
-  bool taken_flags_live;  ///< ... and what is added where a branch is taken
+  u16 offset, next;                 ///< in the page
+  bool flags_live;                  ///< some flag must survive what is added before this instruction
+  bool taken_flags_live;            ///< ... and what is added where a branch is taken
+  s8 operand_window, stack_window;  ///< that its memory operand, its push or pop belong to; -1: none
+};
+
+/// Accesses that are checked together: they lie near each other, at distances from a register that are known.
+struct Window {
+  int base;       ///< guest register
+  s32 low, high;  ///< [low, high) from the register's value at the check
+  bool write;
+  unsigned at;  ///< the instruction before which the check is
 };
 
 /// Emits one block. The cold parts, which leave or refill the TLB, follow the hot ones.
@@ -32,7 +41,7 @@ class Translation {
     bool computed = false;  ///< it is in Context::target
   };
   struct Cold {
-    enum class Kind : u8 { refill, step, link, back_edge } kind;
+    enum class Kind : u8 { refill, window, step, link, back_edge } kind;
     bool restores_rcx;
     u8* site;  ///< the jump that comes here
     const u8* retry;
@@ -43,6 +52,15 @@ class Translation {
   };
 
   void collect();
+  // windows.cpp
+  void plan_windows();
+  void check_window(unsigned window);
+  /// The place of an access in the window. The address scratch register is part of it.
+  Place in_window(int window, s32 displacement);
+  /// The place of 8 bytes on the guest's stack.
+  Place on_stack(const Guest& g, unsigned n, s32 displacement, bool write, bool flags_live);
+  /// The value there to the address scratch register.
+  void load_scratch(const Place& place);
   void emit(unsigned n);
   void emit_native(const Guest& g, unsigned n);
   void emit_lea(const Guest& g);
@@ -62,8 +80,11 @@ class Translation {
   void compute(const Address& address);
   /// Leaves the host address of [address, size) in the address scratch register.
   void check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live);
-  void check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live);
-  Place locate(const Address& address, unsigned size, bool write, unsigned n, bool flags_live);
+  void check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live,
+                 Cold::Kind miss = Cold::Kind::refill);
+  Place operand_place(const Guest& g, const Address& address, unsigned size, bool write, unsigned n, bool flags_live);
+  void refill(const Cold& cold);
+  static bool keeps_address_scratch(Kind kind);
   void step(const Guest& g, bool leave);
   void step_at(u8* site, unsigned n, bool restores_rcx = false);
   /// Jumps to the step of instruction n, RCX restored from Context::temporary.
@@ -76,7 +97,7 @@ class Translation {
   }
   /// Continues at the guest address in the address scratch register, wherever that is.
   void indirect();
-  void push_target(unsigned n, bool flags_live);
+  void push_target(const Guest& g, unsigned n, bool flags_live);
   void push_return_address(const Guest& g, unsigned n);
   u32 tlb(unsigned field) const {
     return offsetof(Context, tlb) + unsigned(request_.mode.privilege) * sizeof(TlbEntry) * tlb_entries + field;
@@ -96,6 +117,9 @@ class Translation {
   const u8* after_[most_instructions] = {};  ///< where the code of the next instruction begins
   Cold cold_[most_instructions * 4];
   unsigned cold_count_ = 0;
+  Window windows_[window_count];
+  unsigned window_total_ = 0;
+  int held_ = -1;  ///< the window whose addend the address scratch register has; -1: none
   u64 lines_ = 0;  ///< of the page that the block depends on
   bool out_of_room_ = false;
   bool falls_through_ = false;

@@ -170,24 +170,25 @@ void Translator::page_written(const u8* host) {
   code_dropped_ = true;
 }
 
-Block* Translator::make_block(CodePage& page, u64 address, Mode mode) {
+Block* Translator::make_block(CodePage& page, u64 address, bool single_checks) {
   const BlockRequest request{.page = cache_.copy_of(page),
                              .address = page.address,
                              .offset = unsigned(address & ~page_mask),
-                             .mode = mode,
+                             .mode = mode_,
                              .stubs = &stubs_,
                              .cache = &cache_,
                              .limit = block_limit_,
+                             .single_checks = single_checks,
                              .supervised = supervision_ != nullptr};
   u8* const code = cache_.free_code();
   const BlockCode made = translate_block(request, code, cache_.code_end());
   if (!made.end) return nullptr;
   if (supervision_) supervision_->made(supervision_->arg, code, code + made.code_bytes);
-  return cache_.add(page, address, mode.number(), std::size_t(made.end - code), made.code_bytes, made.instructions,
-                    made.lines);
+  return cache_.add(page, address, block_mode(single_checks), std::size_t(made.end - code), made.code_bytes,
+                    made.instructions, made.lines);
 }
 
-Block* Translator::block_at_rip() {
+Block* Translator::block_at_rip(bool single_checks) {
   x86::CpuState& s = cpu_->state;
   const x86::Privilege privilege = s.cpl == 3 ? x86::Privilege::user : cpu_->system_privilege;
   x86::Mmu::Translation where;
@@ -212,14 +213,14 @@ Block* Translator::block_at_rip() {
       }
       page->verified = epoch_;
     }
-    Block* block = page ? cache_.find(address, mode_.number()) : nullptr;
+    Block* block = page ? cache_.find(address, block_mode(single_checks)) : nullptr;
     if (page && !block) {
       cache_.take_copy(*page);
       if (!page->first_block) page->verified = epoch_;
-      block = make_block(*page, address, mode_);
+      block = make_block(*page, address, single_checks);
     }
     if (block) {
-      note_jump(s.rip, *block);
+      if (!single_checks) note_jump(s.rip, *block);
       return block;
     }
     cache_.clear();
@@ -321,6 +322,7 @@ void Translator::enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*
   context_->attention = &attention;
   context_->window_wanted = &cpu.window_wanted;
   context_->link_site = 0;
+  context_->wants_checks = 0;
   ++epoch_;
   flush_jumps();
   callers_gs_base_ = gs_base();
@@ -367,11 +369,12 @@ bool Translator::run_once() {
   const unsigned mode_before = mode_.number();
   const u8 wants_vectors = u8(std::exchange(context_->wants_vectors, 0));
   mode_ = next_mode(wants_vectors);
+  const bool single_checks = std::exchange(context_->wants_checks, 0);
   const u64 link_site = mode_.number() == mode_before ? context_->link_site : 0;
   // An instruction in which the host raised an exception: the reference engine finds out why, and what the guest
   // gets.
   const bool faulted = std::exchange(context_->faulted, 0);
-  Block* block = translatable() && mode_.vectors >= wants_vectors && !faulted ? block_at_rip() : nullptr;
+  Block* block = translatable() && mode_.vectors >= wants_vectors && !faulted ? block_at_rip(single_checks) : nullptr;
   if (!block) {
     context_->link_site = 0;
     if (may_step()) {

@@ -65,8 +65,10 @@ class Translator final : public Engine {
   void note_jump(u64 rip, const Block& block);
   void refresh_segments();
   /// The block for RIP, made when there is none; nullptr where only the reference engine can go on.
-  Block* block_at_rip();
-  Block* make_block(CodePage& page, u64 address, Mode mode);
+  Block* block_at_rip(bool single_checks);
+  Block* make_block(CodePage& page, u64 address, bool single_checks);
+  /// What the code cache calls a block of the current mode.
+  unsigned block_mode(bool single_checks) const { return mode_.number() + (single_checks ? Mode::count : 0); }
   void page_written(const u8* host);
   /// In a signal handler: the thread goes on at the way out, with the state that the instruction found.
   bool recover(void* ucontext);
