@@ -129,7 +129,8 @@ HostFaults kind_of(int signal) {
   return signal == SIGILL ? HostFaults::illegal : HostFaults::memory;
 }
 
-bool unwind_guard(int signal, siginfo_t* info, mcontext_t& machine) {
+bool unwind_guard(int signal, siginfo_t* info, ucontext_t& context) {
+  mcontext_t& machine = context.uc_mcontext;
   const unsigned kind = static_cast<unsigned>(kind_of(signal));
   for (Guard* guard = innermost; guard; guard = guard->outer) {
     if (!(guard->catches & kind)) continue;
@@ -137,6 +138,7 @@ bool unwind_guard(int signal, siginfo_t* info, mcontext_t& machine) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_handle_no_return();
 #endif
+    if (innermost_recovery) innermost_recovery->tell_unwinding(&context);
     innermost = guard->outer;
     innermost_recovery = guard->recovery;
     machine.gregs[REG_RSP] = static_cast<greg_t>(guard->stack);
@@ -157,7 +159,7 @@ bool on_fault(int signal, siginfo_t* info, void* context) {
     return true;
   }
   if (innermost_recovery && (*innermost_recovery)(context)) return true;
-  return unwind_guard(signal, info, machine);
+  return unwind_guard(signal, info, *static_cast<ucontext_t*>(context));
 }
 
 /// 0 not yet, 1 under way, 2 done.
@@ -175,10 +177,16 @@ void install() {
 
 }  // namespace
 
-FaultRecovery::FaultRecovery(Recover recover, void* arg) : recover_(recover), arg_(arg), outer_(innermost_recovery) {
+FaultRecovery::FaultRecovery(Recover recover, void* arg, Unwinding unwinding)
+    : recover_(recover), arg_(arg), unwinding_(unwinding), outer_(innermost_recovery) {
   install_fault_handlers();
   std::atomic_signal_fence(std::memory_order_release);
   innermost_recovery = this;
+}
+
+void FaultRecovery::tell_unwinding(const void* ucontext) const {
+  for (const FaultRecovery* each = this; each; each = each->outer_)
+    if (each->unwinding_) each->unwinding_(each->arg_, ucontext);
 }
 
 FaultRecovery::~FaultRecovery() { innermost_recovery = outer_; }

@@ -31,20 +31,24 @@ bool run_guarded(void (*f)(void*), void* arg, HostFaults catches = HostFaults::m
 /// Machine code that this thread runs and knows how to leave at any instruction. `recover` is asked in the signal
 /// handler about each SIGSEGV, SIGBUS, SIGFPE and SIGILL of the thread, before any guard: it may change the ucontext_t
 /// so that the thread goes on elsewhere, and return true. The innermost is asked. A guard that unwinds also ends those
-/// that began inside it.
+/// that began inside it. `unwinding`, if given, is called in the signal handler before a guard unwinds, be it inside or
+/// outside: what the x87 unit and MXCSR hold is in the ucontext_t then, and gone behind it.
 class FaultRecovery {
  public:
   using Recover = bool (*)(void* arg, void* ucontext);
-  FaultRecovery(Recover recover, void* arg);
+  using Unwinding = void (*)(void* arg, const void* ucontext);
+  FaultRecovery(Recover recover, void* arg, Unwinding unwinding = nullptr);
   ~FaultRecovery();
   FaultRecovery(const FaultRecovery&) = delete;
   FaultRecovery& operator=(const FaultRecovery&) = delete;
 
   bool operator()(void* ucontext) const { return recover_(arg_, ucontext); }
+  void tell_unwinding(const void* ucontext) const;
 
  private:
   Recover recover_;
   void* arg_;
+  Unwinding unwinding_;
   const FaultRecovery* outer_;
 };
 

@@ -61,9 +61,8 @@ const X87Behaviour& x87_behaviour() {
   return behaviour;
 }
 
-void note_x87_instruction(FpuState& fpu, const X87Instruction& last) {
+void note_x87_instruction(FpuState& fpu, const X87Instruction& last, bool fault) {
   const X87Behaviour& behaviour = x87_behaviour();
-  const bool fault = fpu.x87[status_at] & 0x80;
   put(fpu.x87 + instruction_at, last.rip);
   if (fault || !behaviour.opcode_if_fault) put(fpu.x87 + opcode_at, last.opcode);
   if (behaviour.keeps_selectors) fpu.x87_code_selector = last.code_selector;

@@ -24,7 +24,9 @@ struct X87Instruction {
   u16 data_selector;
   u64 offset;
 };
-void note_x87_instruction(FpuState& fpu, const X87Instruction& last);
+/// fault: an unmasked exception waits since then.
+void note_x87_instruction(FpuState& fpu, const X87Instruction& last, bool fault);
+inline bool x87_exception_waits(const FpuState& fpu) { return fpu.x87[2] & 0x80; }
 
 /// The environment: control, status and tag words, pointers. Its layout follows the mode and the operand size.
 struct X87Format {

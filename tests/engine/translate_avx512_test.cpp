@@ -4,96 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <cstring>
 #include <iterator>
 #include <random>
-#include <string>
-#include <utility>
-#include <vector>
 
-#include "engine/engine.h"
-#include "x86/cpuid.h"
-#include "x86/long_mode.h"
+#include "engine/side.h"
 
 namespace anykvm::engine {
 namespace {
-
-using namespace x86;
-
-constexpr Gva code = 0x5000, data_at = 0x400000;
-constexpr Gpa data_gpa = 0x200000;
-
-std::string hex(const void* bytes, std::size_t size) {
-  std::string text;
-  for (std::size_t n = 0; n < size; ++n) {
-    char byte[3];
-    std::snprintf(byte, sizeof byte, "%02x", static_cast<const u8*>(bytes)[n]);
-    text += byte;
-  }
-  return text;
-}
-
-/// An engine with a machine to itself.
-class Side : LongMode {
- public:
-  explicit Side(std::unique_ptr<Engine> with) : engine(std::move(with)) {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
-    cpu.state.cr4 |= cr4::osxsave | cr4::osxmmexcpt;
-    cpu.state.xcr0 = supported_xcr0();
-    for (unsigned vector = 0; vector < 32; ++vector) {
-      gate(u8(vector), 0x6000 + vector * 16);
-      machine.base[0x6000 + vector * 16] = 0xf4;
-    }
-    map(data_at, data_gpa, pte::p | pte::w);
-    start = cpu.state;
-  }
-
-  void execute(const u8* bytes, unsigned length, u64 seed) {
-    std::mt19937_64 random(seed);
-    cpu.state = start;
-    cpu.update_mode();
-    for (auto& vector : cpu.state.fpu.vector)
-      for (u8& byte : vector) byte = u8(random() % 3 ? random() : 0x3f);
-    for (u64& mask : cpu.state.fpu.opmask) mask = random() % 2 ? random() : random() & random() & random();
-    for (u64& gpr : cpu.state.gpr)
-      gpr = data_at + (random() % 4 ? 1024 + 64 * (random() % 16) : page_size - 80 + random() % 90);
-    cpu.state.gpr[rsp] = 0x7000;
-    for (unsigned n = 0; n < page_size; n += 8) machine.put<u64>(data_gpa + n, random());
-    std::memcpy(machine.base + code, bytes, length);
-    machine.base[code + length] = 0xf4;  // hlt
-    cpu.state.rip = code;
-    engine->run(cpu);
-  }
-
-  /// What there is to compare, and what it is called.
-  std::vector<std::pair<const char*, std::string>> outcome() const {
-    std::vector<std::pair<const char*, std::string>> parts;
-    const auto add = [&parts](const char* name, const void* bytes, unsigned size) {
-      parts.emplace_back(name, std::string(static_cast<const char*>(bytes), size));
-    };
-    const CpuState& s = cpu.state;
-    add("exit", &cpu.exit.kind, sizeof cpu.exit.kind);
-    add("rip", &s.rip, sizeof s.rip);
-    const u64 flags = s.rflags();
-    add("flags", &flags, sizeof flags);
-    add("gpr", s.gpr, sizeof s.gpr);
-    for (const auto& vector : s.fpu.vector) add("vector", vector, sizeof vector);
-    add("masks", s.fpu.opmask, sizeof s.fpu.opmask);
-    add("mxcsr", &s.fpu.mxcsr, sizeof s.fpu.mxcsr);
-    add("memory", machine.base + data_gpa, page_size);
-    return parts;
-  }
-
-  void set_xcr0(u64 value) { start.xcr0 = value; }
-  u64 rip() const { return cpu.state.rip; }
-
-  std::unique_ptr<Engine> engine;
-
- private:
-  CpuState start;
-};
 
 class TranslateAvx512Test : public testing::Test {
  protected:

@@ -150,6 +150,35 @@ TEST_F(TranslatorTest, HostFaultOnRamLeavesTheStateOfItsInstruction) {
   EXPECT_EQ(load<u32>(0x9000), 1u);
 }
 
+// The fault comes up in the reference engine while the guest's x87 registers are in the host's unit.
+TEST_F(TranslatorTest, HostFaultOnRamKeepsX87Registers) {
+  auto& vcpu = add_vcpu();
+  start_long_mode(vcpu, {
+                            0xdb, 0xe3,              // fninit
+                            0xd9, 0xe8,              // fld1
+                            0xd9, 0xeb,              // fldpi
+                            0xbf, 0x00, 0x90, 0, 0,  // mov edi, 0x9000
+                            0xb9, 0x04, 0,    0, 0,  // mov ecx, 4
+                            0xf3, 0xa6,              // repe cmpsb
+                            0xd8, 0xc1,              // fadd st0, st1
+                            0xf4,                    // hlt
+                        });
+  ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_NONE), 0);
+  EXPECT_EQ(vcpu.run(), -EFAULT);
+  EXPECT_EQ(regs().rip, code_at + 16);
+  kvm_fpu fpu;
+  ASSERT_EQ(vcpu.get_fpu(fpu), 0);
+  EXPECT_EQ(fpu.fsw, 0x3000);
+  EXPECT_EQ(fpu.ftwx, 0xc0);
+  EXPECT_EQ(fpu.fpr[1][7], 0x80);  // 1.0, below pi
+  EXPECT_EQ(fpu.last_ip, code_at + 4);
+  ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_READ | PROT_WRITE), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  ASSERT_EQ(vcpu.get_fpu(fpu), 0);
+  EXPECT_EQ(fpu.last_ip, code_at + 18);
+}
+
 TEST_F(TranslatorTest, AnotherProcessorsStoreReachesARunningLoop) {
   auto& looping = add_vcpu();
   start_long_mode(looping, {

@@ -14,12 +14,14 @@ class X87EnvironmentTest : public testing::Test {
  protected:
   X87EnvironmentTest() {
     init_x87(fpu);
-    note_x87_instruction(fpu, {.opcode = 0x5e8,
-                               .code_selector = 0x1234,
-                               .rip = 0x56789,
-                               .has_operand = true,
-                               .data_selector = 0x4321,
-                               .offset = 0xabcde});
+    note_x87_instruction(fpu,
+                         {.opcode = 0x5e8,
+                          .code_selector = 0x1234,
+                          .rip = 0x56789,
+                          .has_operand = true,
+                          .data_selector = 0x4321,
+                          .offset = 0xabcde},
+                         x87_exception_waits(fpu));
     // What the processor under us does not update by itself.
     const u16 opcode = 0x5e8;
     const u64 operand = 0xabcde;

@@ -18,12 +18,14 @@ class X87Pointers {
     x86::CpuState& s = c_.cpu.state;
     std::memcpy(s.fpu.x87 + offset, before_, sizeof before_);
     if (!i_.moves_x87_pointers) return;
-    note_x87_instruction(s.fpu, {.opcode = u16(i_.immediate),
-                                 .code_selector = s.segment[x86::cs].selector,
-                                 .rip = s.rip,
-                                 .has_operand = i_.has_memory,
-                                 .data_selector = s.segment[i_.segment].selector,
-                                 .offset = i_.has_memory ? effective_offset(c_, i_) : 0});
+    note_x87_instruction(s.fpu,
+                         {.opcode = u16(i_.immediate),
+                          .code_selector = s.segment[x86::cs].selector,
+                          .rip = s.rip,
+                          .has_operand = i_.has_memory,
+                          .data_selector = s.segment[i_.segment].selector,
+                          .offset = i_.has_memory ? effective_offset(c_, i_) : 0},
+                         x87_exception_waits(s.fpu));
   }
 
  private:

@@ -57,8 +57,19 @@ bool may_continue(const Decoded& d) {
   }
 }
 
-/// Operands that the renaming can express: general and vector registers, at most one ordinary memory operand.
-bool operands_fit(const Decoded& d, u8& vectors) {
+/// x87 instructions that change what waits or the environment as a whole: for the reference engine.
+bool replaces_x87_environment(ZydisMnemonic mnemonic) {
+  return mnemonic != ZYDIS_MNEMONIC_FLDCW && mnemonic != ZYDIS_MNEMONIC_FNSTCW && mnemonic != ZYDIS_MNEMONIC_FNSTSW &&
+         is_x87_control(mnemonic);
+}
+
+bool is_of_x87_unit(const Decoded& d) {
+  const Unit unit = unit_of(d);
+  return unit == Unit::x87 || unit == Unit::mmx;
+}
+
+/// Operands that the renaming can express: general, vector and x87 registers, at most one ordinary memory operand.
+bool operands_fit(const Decoded& d, bool x87, u8& vectors) {
   if (d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX) vectors = all_vectors;
   unsigned memory = 0, spilled = 0;
   u32 seen = 0;
@@ -81,7 +92,8 @@ bool operands_fit(const Decoded& d, u8& vectors) {
           case ZYDIS_REGCLASS_ZMM:
           case ZYDIS_REGCLASS_MASK: vectors = all_vectors; break;
           case ZYDIS_REGCLASS_FLAGS: break;
-          default: return false;
+          default:  // the stack, MMX, and the words of the x87 unit
+            if (!x87) return false;
         }
         break;
       }
@@ -167,8 +179,9 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
   }
   const bool encodable = i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ||
                          i.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX || i.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX;
-  const bool fpu = i.meta.isa_ext == ZYDIS_ISA_EXT_X87 || i.meta.isa_ext == ZYDIS_ISA_EXT_MMX;
-  if (encodable && !fpu && runs_natively(d) && !has_own_handler(d.mnemonic()) && operands_fit(d, vectors)) {
+  const bool x87 = is_of_x87_unit(d);
+  if (encodable && runs_natively(d) && !has_own_handler(d.mnemonic()) &&
+      !(x87 && (replaces_x87_environment(d.mnemonic()) || !can_keep_x87())) && operands_fit(d, x87, vectors)) {
     if (d.mnemonic() == ZYDIS_MNEMONIC_VZEROUPPER || d.mnemonic() == ZYDIS_MNEMONIC_VZEROALL) vectors = first_vectors;
     return Kind::native;
   }
@@ -178,9 +191,35 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
 
 }  // namespace
 
+bool sees_x87(const Decoded& d) {
+  switch (d.mnemonic()) {
+    case ZYDIS_MNEMONIC_INVALID:
+    case ZYDIS_MNEMONIC_FXSAVE:
+    case ZYDIS_MNEMONIC_FXSAVE64:
+    case ZYDIS_MNEMONIC_FXRSTOR:
+    case ZYDIS_MNEMONIC_FXRSTOR64:
+    case ZYDIS_MNEMONIC_XSAVE:
+    case ZYDIS_MNEMONIC_XSAVE64:
+    case ZYDIS_MNEMONIC_XSAVEC:
+    case ZYDIS_MNEMONIC_XSAVEC64:
+    case ZYDIS_MNEMONIC_XSAVEOPT:
+    case ZYDIS_MNEMONIC_XSAVEOPT64:
+    case ZYDIS_MNEMONIC_XSAVES:
+    case ZYDIS_MNEMONIC_XSAVES64:
+    case ZYDIS_MNEMONIC_XRSTOR:
+    case ZYDIS_MNEMONIC_XRSTOR64:
+    case ZYDIS_MNEMONIC_XRSTORS:
+    case ZYDIS_MNEMONIC_XRSTORS64:
+    case ZYDIS_MNEMONIC_XGETBV:  // of index 1: which components are in use
+    case ZYDIS_MNEMONIC_RSM: return true;
+    default: return is_of_x87_unit(d);
+  }
+}
+
 Analysis analyse(const Decoded& d, bool supervisor) {
   Analysis result;
   result.kind = kind_of(d, supervisor, result.vectors);
+  result.x87 = result.kind == Kind::native && is_of_x87_unit(d);
   switch (result.kind) {
     case Kind::step:
     case Kind::want_vectors:

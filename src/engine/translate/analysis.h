@@ -41,7 +41,13 @@ struct Analysis {
   u32 flags_read = all_flags;
   u32 flags_killed = 0;     ///< written whatever the operands
   u8 vectors = no_vectors;  ///< the VectorLevel that it needs
+  bool x87 = false;         ///< emitted for the x87 unit, MMX included, which has to be loaded
 };
+
+/// Whether the host can load and save its x87 registers alone (XSAVE).
+bool can_keep_x87();
+/// Whether the reference engine may look at x87 registers when it executes the instruction.
+bool sees_x87(const Decoded& d);
 
 /// supervisor: of code at CPL 0, else at CPL 3.
 Analysis analyse(const Decoded& d, bool supervisor);

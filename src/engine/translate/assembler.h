@@ -99,6 +99,20 @@ class Assembler {
   void store(u32 offset, Register from, int index = -1, unsigned shift = 0) {
     context_op({0x89}, from, offset, index, shift);
   }
+  /// 64 bits, the value sign-extended, or 32.
+  void store_immediate(u32 offset, u32 value, bool wide) {
+    byte(0x65);
+    if (wide) byte(0x48);
+    bytes(0xc7, 0x04, 0x25);
+    dword(offset);
+    dword(value);
+  }
+  /// cmp dword gs:[offset], value
+  void compare_context(u32 offset, u8 value) {
+    bytes(0x65, 0x83, 0x3c, 0x25);
+    dword(offset);
+    byte(value);
+  }
   void add(Register to, u32 offset, int index = -1) { context_op({0x03}, to, offset, index); }
   void jump_context(u32 offset, int index, unsigned shift) {
     byte(0x65);

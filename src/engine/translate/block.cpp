@@ -238,7 +238,8 @@ void Translation::step_at(u8* site, unsigned n, bool restores_rcx) {
 }
 
 void Translation::step(const Guest& g, bool leave) {
-  a_.move_immediate64(address_scratch, StepRequest::encode(g.offset, g.next, leave, unsigned(g.d.mnemonic())));
+  const auto mnemonic = unsigned(g.d.mnemonic());
+  a_.move_immediate64(address_scratch, StepRequest::encode(g.offset, g.next, sees_x87(g.d), leave, mnemonic));
   a_.call(request_.stubs->step[request_.mode.vectors]);
 }
 
@@ -286,6 +287,7 @@ void Translation::emit_native(const Guest& g, unsigned n) {
     spilled |= 1u << number;
     if (operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) written |= 1u << number;
   }
+  if (g.what.x87) want_x87(g, n);
   if (memory) {
     const bool write = memory->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
     renaming.memory = operand_place(g, address_of(g, *memory), memory->size / 8, write, n, g.flags_live);
@@ -302,6 +304,7 @@ void Translation::emit_native(const Guest& g, unsigned n) {
   if (!rewrite(a_, g.d.instruction, operands, request_.page + g.offset, renaming)) out_of_room_ = true;
   for (unsigned guest = 13; guest < 16; ++guest)
     if (written >> guest & 1) a_.store(spill_slot(guest), renaming.registers[guest]);
+  if (g.what.x87) note_x87(g);
 }
 
 void Translation::link(s32 target, bool flags_live, unsigned n) {
@@ -407,7 +410,10 @@ void Translation::emit(unsigned n) {
     if (windows_[w].at == n) check_window(w);
   if (!keeps_address_scratch(g.what.kind)) held_ = -1;
   switch (g.what.kind) {
-    case Kind::step: step(g, false); break;
+    case Kind::step:
+      step(g, false);
+      if (sees_x87(g.d)) x87_loaded_ = x87_noted_ = false;
+      break;
     case Kind::step_and_end: step(g, true); break;
     case Kind::nothing: break;
     case Kind::want_vectors:
@@ -504,11 +510,25 @@ void Translation::refill(const Cold& cold) {
   a_.jump(cold.retry);
 }
 
+void Translation::emit_cold_step(unsigned n) {
+  const Guest& g = guests_[n];
+  const bool ends = ends_block(g.what.kind);
+  step(g, ends);
+  if (g.what.x87)
+    restore_x87(g, n);
+  else if (!ends)
+    a_.jump(after_[n]);
+}
+
 void Translation::emit_cold(const Cold& cold) {
-  const Guest& g = guests_[cold.guest];
   a_.aim(cold.site);
   if (cold.restores_rcx) a_.load(x86::rcx, offsetof(Context, temporary));
   switch (cold.kind) {
+    case Cold::Kind::load_x87:
+      a_.call(request_.stubs->load_x87);
+      a_.jump(cold.retry);
+      emit_cold_step(cold.guest);
+      break;
     case Cold::Kind::window: {
       u8* crosses = nullptr;
       if (!cold.restores_rcx) {
@@ -523,17 +543,12 @@ void Translation::emit_cold(const Cold& cold) {
       a_.move_immediate64(address_scratch, reinterpret_cast<u64>(site));
       a_.store(offsetof(Context, link_site), address_scratch);
       a_.store(offsetof(Context, wants_checks), address_scratch);
-      to_page_offset(address_scratch, g.offset);
+      to_page_offset(address_scratch, guests_[cold.guest].offset);
       a_.jump(leave());
       break;
     }
     case Cold::Kind::refill: refill(cold); [[fallthrough]];
-    case Cold::Kind::step: {
-      const bool ends = ends_block(g.what.kind);
-      step(g, ends);
-      if (!ends) a_.jump(after_[cold.guest]);
-      break;
-    }
+    case Cold::Kind::step: emit_cold_step(cold.guest); break;
     case Cold::Kind::link:
       // Leave, telling where the jump is that a later translation may aim.
       a_.move_immediate64(address_scratch, reinterpret_cast<u64>(cold.site));

@@ -87,8 +87,32 @@ struct Context {
   u64 wants_checks;   ///< left because accesses that were to be checked together (windows.cpp) must be checked singly
   u64 addends[window_count];  ///< host address - guest address, of the block's windows
 
+  // --- the x87 unit (x87_state.cpp) ---------------------------------------------------------------------------------
+  u32 x87_missing;  ///< the host's unit does not hold the guest's registers
+  // What has been executed on it since it was loaded, for the pointers that the guest may ask for. The first two are
+  // written together.
+  u32 x87_last;             ///< X87Last of the last instruction that moves the pointers; 0: none
+  u32 x87_settled;          ///< what came behind that may have changed whether an exception waits
+  u32 x87_operand_segment;  ///< of the last memory operand: its SegmentName + 1; 0: none
+  u64 x87_operand;          ///< and its offset
+  u64 x87_page;             ///< guest address of the page that the last instruction lies in
+  struct alignas(64) {
+    u8 legacy[512];
+    u64 xstate_bv, header[7];
+  } x87_image;  ///< for XSAVE and XRSTOR
+
   alignas(64) TlbEntry tlb[3][tlb_entries];
   JumpCache jumps[Mode::count];
+};
+
+/// An x87 instruction as Context::x87_last keeps it.
+struct X87Last {
+  static constexpr u32 encode(unsigned offset, unsigned opcode, bool has_operand) {
+    return offset | opcode << 12 | (has_operand ? 1u << 23 : 0) | 1u << 24;
+  }
+  static unsigned offset(u32 last) { return last & 0xfff; }        ///< in its page
+  static unsigned opcode(u32 last) { return last >> 12 & 0x7ff; }  ///< as FOP has it
+  static bool has_operand(u32 last) { return last >> 23 & 1; }
 };
 
 inline constexpr u32 spill_slot(unsigned guest) { return offsetof(Context, spilled) + (guest - 13) * 8; }

@@ -1,12 +1,15 @@
 // What translated code asks for most: a TLB refill, the block that an indirect jump leads to. This file is compiled for
 // general registers only: the guest's vector registers are in the host's meanwhile.
 #include "engine/translate/translator.h"
+#include "x86/xsave_parts.h"
 
 namespace anykvm::engine::translate {
 
 bool fill_function(Context* context, Gva address, u32 request) {
   return static_cast<Translator*>(context->translator)->fill(address, request);
 }
+
+bool load_x87_function(Context* context) { return static_cast<Translator*>(context->translator)->load_x87(); }
 
 bool find_function(Context* context, u64 rip) { return static_cast<Translator*>(context->translator)->find(rip); }
 
@@ -42,6 +45,24 @@ bool Translator::find(u64 rip) {
   note_jump(rip, *block);
   context_->enter_at = u64(block->code);
   context_->page_base = rip & page_mask;
+  return true;
+}
+
+/// Copied by hand: memcpy() may use vector registers.
+bool Translator::load_x87() {
+  if (!x87_allowed()) return false;
+  if (!context_->x87_missing) return true;
+  auto& image = context_->x87_image;
+  const void* from = cpu_->state.fpu.x87;
+  void* to = image.legacy;
+  std::size_t words = x86::xmm_offset / 8;
+  __asm__ volatile("rep movsq" : "+S"(from), "+D"(to), "+c"(words)::"memory");
+  image.xstate_bv = x86::xfeature::x87;
+  __asm__ volatile("xrstor64 %0" ::"m"(image), "a"(u32(x86::xfeature::x87)), "d"(0));
+  context_->x87_missing = 0;
+  context_->x87_last = context_->x87_settled = context_->x87_operand_segment = 0;
+  context_->x87_page = context_->page_base;
+  x87_used_ = true;
   return true;
 }
 

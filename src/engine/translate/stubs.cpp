@@ -166,11 +166,17 @@ Stubs emit_stubs(Assembler& a, bool whole) {
   stubs.fill = a.here();
   save();
   a.move32(rdx, index_scratch);
-  u8* filled = call(reinterpret_cast<u64>(&fill_function));
-  a.bytes(0x48, 0x83, 0x44, 0x24, 80, 5);  // add qword [rsp + 80], 5: the return address
-  a.aim(filled);
-  restore();
-  a.ret();
+  const auto return_if = [&a, &restore](u8* done) {
+    a.bytes(0x48, 0x83, 0x44, 0x24, 80, 5);  // add qword [rsp + 80], 5: the return address
+    a.aim(done);
+    restore();
+    a.ret();
+  };
+  return_if(call(reinterpret_cast<u64>(&fill_function)));
+
+  stubs.load_x87 = a.here();
+  save();
+  return_if(call(reinterpret_cast<u64>(&load_x87_function)));
 
   for (unsigned vectors = 0; vectors < vector_levels; ++vectors) {
     stubs.find[vectors] = a.here();

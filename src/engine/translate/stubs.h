@@ -20,17 +20,22 @@ struct Stubs {
   /// Call here with a guest address in the address scratch register and FillRequest in the index scratch register.
   /// Returns behind the call when the TLB has been refilled, else 5 bytes further. Keeps every register and the flags.
   u8* fill;
+  /// Call here to have the guest's x87 registers loaded. Returns behind the call when they are, else 5 bytes further:
+  /// the guest may not use the unit now. Keeps every register and the flags.
+  u8* load_x87;
 };
 // By VectorLevel of the block.
 
 /// An instruction for the reference engine.
 struct StepRequest {
-  /// offset, next: in the page. ends: it ends its block. mnemonic: ZydisMnemonic.
-  static constexpr u64 encode(unsigned offset, unsigned next, bool ends, unsigned mnemonic) {
-    return offset | next << 13 | (ends ? 1u << 31 : 0) | u64(mnemonic) << 32;
+  /// offset, next: in the page. sees_x87: the x87 registers have to be in the state. ends: it ends its block. mnemonic:
+  /// ZydisMnemonic.
+  static constexpr u64 encode(unsigned offset, unsigned next, bool sees_x87, bool ends, unsigned mnemonic) {
+    return offset | next << 13 | (sees_x87 ? 1u << 30 : 0) | (ends ? 1u << 31 : 0) | u64(mnemonic) << 32;
   }
   static unsigned offset(u64 request) { return request & 0x1fff; }
   static unsigned next(u64 request) { return request >> 13 & 0x1fff; }
+  static bool sees_x87(u64 request) { return request >> 30 & 1; }
   static bool ends(u64 request) { return request >> 31 & 1; }
   static unsigned mnemonic(u64 request) { return unsigned(request >> 32); }
 };
@@ -58,6 +63,7 @@ Next step_function(Context* context, u64 request);
 /// true: Context::enter_at is the block at rip.
 bool find_function(Context* context, u64 rip);
 bool fill_function(Context* context, Gva address, u32 request);
+bool load_x87_function(Context* context);
 
 /// Emits them at `a`. whole_vectors: zmm registers are kept, not only ymm.
 Stubs emit_stubs(Assembler& a, bool whole_vectors);

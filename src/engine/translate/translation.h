@@ -41,7 +41,7 @@ class Translation {
     bool computed = false;  ///< it is in Context::target
   };
   struct Cold {
-    enum class Kind : u8 { refill, window, step, link, back_edge } kind;
+    enum class Kind : u8 { refill, window, step, link, back_edge, load_x87 } kind;
     bool restores_rcx;
     u8* site;  ///< the jump that comes here
     const u8* retry;
@@ -74,7 +74,14 @@ class Translation {
   void emit_set_interrupt(unsigned n);
   void emit_swap_gs();
   void emit_read_time(const Guest& g, unsigned n);
+  // x87_code.cpp
+  void want_x87(const Guest& g, unsigned n);
+  void note_x87(const Guest& g);
+  void store_offset(const Guest& g, const ZydisDecodedOperand& operand);
+  /// Behind a step of an instruction for the x87 unit whose block relies on the unit: loads it again, or leaves.
+  void restore_x87(const Guest& g, unsigned n);
   void emit_cold(const Cold& cold);
+  void emit_cold_step(unsigned n);
 
   Address address_of(const Guest& g, const ZydisDecodedOperand& operand) const;
   void compute(const Address& address);
@@ -125,6 +132,8 @@ class Translation {
   bool falls_through_ = false;
   s32 falls_to_ = 0;  ///< offset in the page
   bool exit_flags_live_ = true;
+  bool x87_loaded_ = false;  ///< where code is emitted now, the unit holds the guest's registers
+  bool x87_noted_ = false;   ///< ... and Context::x87_page is the block's page
 };
 
 }  // namespace anykvm::engine::translate

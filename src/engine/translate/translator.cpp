@@ -59,6 +59,7 @@ Translator::Translator() : reference_(make_interpreter()) {
   context_ = new (memory) Context;
   context_->translator = this;
   context_->self = context_;
+  context_->x87_missing = 1;
   context_->tlb_index_bits = u64(tlb_entries - 1) << 12;
   context_->page_number_bits = page_mask;
   context_->jump_index_bits = u64(jump_entries - 1) << 1;
@@ -234,15 +235,18 @@ Next Translator::step_in_block(u64 request) {
   s.rip = context_->page_base + StepRequest::offset(request);
   if (!may_step()) return Next::leave;
   ++steps_[StepRequest::mnemonic(request)];
+  if (StepRequest::sees_x87(request)) save_x87();
+  const u32 x87_missing = context_->x87_missing;
   reference_->step(*cpu_);
+  if (!x87_allowed()) save_x87();
   if (StepRequest::ends(request)) {
     serialized_ = true;
     return go_on();
   }
   refresh_segments();
   const bool same = cpu_->exit.kind == ExitKind::none && s.rip == context_->page_base + StepRequest::next(request) &&
-                    translatable() && cpu_->data_privilege == mode_.privilege && !code_dropped_ &&
-                    cpu_->mmu.flush_count() == flushes_seen_ && mode_.vectors <= vectors_allowed();
+                    translatable() && cpu_->data_privilege == mode_.privilege && context_->x87_missing == x87_missing &&
+                    !code_dropped_ && cpu_->mmu.flush_count() == flushes_seen_ && mode_.vectors <= vectors_allowed();
   return same ? Next::same_block : go_on();
 }
 
@@ -294,6 +298,8 @@ bool Translator::recover(void* ucontext) {
 
 void Translator::abandon() {
   if (!std::exchange(in_run_, false)) return;
+  save_x87();
+  if (std::exchange(x87_used_, false)) __asm__ volatile("fninit\n\tfldcw %0" ::"m"(callers_x87_control_));
   set_gs_base(callers_gs_base_);
   shared_.leave();
 }
@@ -310,7 +316,8 @@ void Translator::for_each_step(void (*f)(void* arg, const char* mnemonic, u64 co
 void Translator::enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*body)(void*), void* arg,
                        const Supervision* supervision) {
   const os::FaultRecovery recovery(
-      [](void* self, void* ucontext) { return static_cast<Translator*>(self)->recover(ucontext); }, this);
+      [](void* self, void* ucontext) { return static_cast<Translator*>(self)->recover(ucontext); }, this,
+      [](void* self, const void* ucontext) { static_cast<Translator*>(self)->rescue_x87(ucontext); });
   cpu_ = &cpu;
   supervision_ = supervision;
   cpu.exit = {};
@@ -326,6 +333,7 @@ void Translator::enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*
   ++epoch_;
   flush_jumps();
   callers_gs_base_ = gs_base();
+  __asm__ volatile("fnstcw %0" : "=m"(callers_x87_control_));
   in_run_ = true;
   shared_.enter(cpu.attention);
   set_gs_base(u64(context_));
@@ -379,6 +387,7 @@ bool Translator::run_once() {
     context_->link_site = 0;
     if (may_step()) {
       ++steps_[ZYDIS_MNEMONIC_INVALID];
+      save_x87();
       reference_->step(*cpu_);
     }
     serialized_ = true;
@@ -393,6 +402,7 @@ bool Translator::run_once() {
   context_->enter_at = u64(block->code);
   refresh_segments();
   stubs_.enter[mode_.vectors](context_);
+  if (supervision_) save_x87();
   return cpu_->exit.kind == ExitKind::none;
 }
 

@@ -31,6 +31,7 @@ class Translator final : public Engine {
   Next step_in_block(u64 request);
   bool fill(Gva address, u32 request);
   bool find(u64 rip);
+  bool load_x87();
 
   // --- for the lockstep engine --------------------------------------------------------------------------------------
   struct Supervision {
@@ -70,6 +71,14 @@ class Translator final : public Engine {
   /// What the code cache calls a block of the current mode.
   unsigned block_mode(bool single_checks) const { return mode_.number() + (single_checks ? Mode::count : 0); }
   void page_written(const u8* host);
+  // x87_state.cpp
+  /// The guest's x87 registers back into the state, if the host's unit has them.
+  void save_x87();
+  /// x87: the control, status and tag words and the registers of an FXSAVE image.
+  void take_x87(const u8* image);
+  bool x87_allowed() const { return !(cpu_->state.cr0 & (x86::cr0::em | x86::cr0::ts)); }
+  /// In a signal handler that ends what the thread was doing: the unit's registers are in the signal frame.
+  void rescue_x87(const void* ucontext);
   /// In a signal handler: the thread goes on at the way out, with the state that the instruction found.
   bool recover(void* ucontext);
 
@@ -82,6 +91,8 @@ class Translator final : public Engine {
   u64 epoch_ = 1;  ///< grows whenever somebody may have written code and told the guest
   u64 flushes_seen_ = 0;
   u64 callers_gs_base_ = 0;
+  u16 callers_x87_control_ = 0;
+  bool x87_used_ = false;  ///< the unit has held guest values since the caller entered
   const Supervision* supervision_ = nullptr;
   unsigned block_limit_ = most_instructions;
   bool in_run_ = false;
