@@ -484,8 +484,9 @@ TEST_F(Pv, ReadersNeverSeeHalfAnUpdate) {
       const u64 tsc = shared->tsc_timestamp, ns = shared->system_time;
       __asm__ volatile("" ::: "memory");
       if (before & 1 || before != shared->version) continue;
-      // set_clock below moves guest time forward, and the TSC goes forward by itself: never one without the other.
-      torn += ns > last_ns && tsc < last_tsc;
+      // set_clock below moves guest time forward, and the TSC goes forward by itself: never one without the other. The
+      // clock is older than the guest's TSC: the first page is from before its 0.
+      torn += ns > last_ns && s64(tsc - last_tsc) < 0;
       last_tsc = tsc, last_ns = ns;
     }
   });
