@@ -45,12 +45,14 @@ def main():
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--engine", default="interpret")
     parser.add_argument("--format", choices=["bzimage", "pvh"], default="bzimage")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds until the guest is given up")
     options = parser.parse_args()
     harness.require_tool(options.anykvm)
     guest = harness.Guest(options.guest)
     kernel = guest.vmlinux if options.format == "pvh" else guest.vmlinuz
 
-    result = harness.boot(options.anykvm, guest, TASK, kernel=kernel, cpus=options.cpus, engine=options.engine)
+    result = harness.boot(options.anykvm, guest, TASK, kernel=kernel, cpus=options.cpus, engine=options.engine,
+                          timeout=options.timeout)
     check(result.section("cpus").strip() == str(options.cpus), f"not {options.cpus} CPUs came up", result)
     result.section("end")
     harness.check_kernel_log(result)
