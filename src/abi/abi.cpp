@@ -40,7 +40,7 @@ long dispatch(const OpenFile& file, int fd, u32 number, u64 arg) {
 int open_system(int flags) {
   engine::Kind kind;
   if (const char* invalid = nullptr; !engine::default_kind(kind, &invalid)) {
-    std::fprintf(stderr, "anykvm: ANYKVM_ENGINE is '%s'; it may be interpret, translate, lockstep or auto\n", invalid);
+    std::fprintf(stderr, "anykvm: ANYKVM_ENGINE is '%s'; it may be interpret, translate, translate-exact, lockstep or auto\n", invalid);
     return -EINVAL;
   }
   os::install_fault_handlers();

@@ -16,7 +16,7 @@ bool parse_kind(std::string_view name, Kind& kind) {
     kind = Kind::interpret;
     return true;
   }
-  for (const Kind each : {Kind::interpret, Kind::translate, Kind::lockstep}) {
+  for (const Kind each : {Kind::interpret, Kind::translate, Kind::translate_exact, Kind::lockstep}) {
     if (name != name_of(each)) continue;
     kind = each;
     return true;
@@ -27,6 +27,7 @@ bool parse_kind(std::string_view name, Kind& kind) {
 const char* name_of(Kind kind) {
   switch (kind) {
     case Kind::translate: return "translate";
+    case Kind::translate_exact: return "translate-exact";
     case Kind::lockstep: return "lockstep";
     default: return "interpret";
   }
@@ -48,6 +49,7 @@ void set_default_kind(Kind kind) { chosen.store(int(kind), std::memory_order_rel
 std::unique_ptr<Engine> make(Kind kind) {
   switch (kind) {
     case Kind::translate: return make_translator();
+    case Kind::translate_exact: return make_translator(true);
     case Kind::lockstep: return make_lockstep();
     default: return make_interpreter();
   }

@@ -35,10 +35,12 @@ class Engine {
 };
 
 std::unique_ptr<Engine> make_interpreter();
-std::unique_ptr<Engine> make_translator();
+/// exact: arithmetic flags that are overwritten before anything reads them are kept all the same, so that exceptions
+/// and exits show them; slower.
+std::unique_ptr<Engine> make_translator(bool exact = false);
 std::unique_ptr<Engine> make_lockstep();
 
-enum class Kind : u8 { interpret, translate, lockstep };
+enum class Kind : u8 { interpret, translate, translate_exact, lockstep };
 /// A kind's name, or "auto" for what this version thinks best. false: no such engine.
 bool parse_kind(std::string_view name, Kind& kind);
 const char* name_of(Kind kind);

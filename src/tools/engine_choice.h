@@ -10,7 +10,7 @@ namespace anykvm::tools {
 
 struct EngineChoice {
   bool host = false;     ///< the host's /dev/kvm rather than this library's CPU engine
-  std::string name;      ///< "host", "interpret", "translate" or "lockstep"
+  std::string name;      ///< "host", or an engine of our own
   std::string reason;    ///< one clause
   std::string host_kvm;  ///< what the probe of /dev/kvm found; empty when it was not asked
 };

@@ -53,11 +53,12 @@ void describe_boot(CLI::App& boot, BootArguments& arguments) {
       ->type_name("user|none")
       ->check(CLI::IsMember({"user", "none"}))
       ->capture_default_str();
-  boot.add_option(
-          "--engine", arguments.engine,
-          "What runs guest code: auto, interpret, translate, lockstep (both, compared), or host (the host's /dev/kvm)")
+  boot.add_option("--engine", arguments.engine,
+                  "What runs guest code: auto, interpret, translate, translate-exact (keeps flags that nothing reads), "
+                  "lockstep (both "
+                  "engines, compared), or host (the host's /dev/kvm)")
       ->type_name("NAME")
-      ->check(CLI::IsMember({"auto", "interpret", "translate", "lockstep", "host"}))
+      ->check(CLI::IsMember({"auto", "interpret", "translate", "translate-exact", "lockstep", "host"}))
       ->capture_default_str();
   boot.add_option("--timeout", arguments.timeout, "End the guest after this many seconds, with exit code 124")
       ->type_name("S");

@@ -93,7 +93,7 @@ void Translation::collect() {
   // Flags that are live behind the block: those that its successors may read.
   const Guest& last = guests_[count_ - 1];
   const auto dead = [&](s32 target) {
-    return in_page(target) && flags_dead_at(request_.page, target, supervisor, lines_);
+    return !request_.exact_flags && in_page(target) && flags_dead_at(request_.page, target, supervisor, lines_);
   };
   u32 live = all_flags;
   if (falls_through_ && dead(falls_to_)) live = 0;
@@ -104,7 +104,7 @@ void Translation::collect() {
     g.taken_flags_live = g.what.kind == Kind::jump_if && !dead(branch_target(g));
     if (g.taken_flags_live) live = all_flags;
     live = (live & ~g.what.flags_killed) | g.what.flags_read;
-    g.flags_live = live != 0;
+    g.flags_live = live != 0 || request_.exact_flags;
     g.operand_window = g.stack_window = -1;
   }
   if (!request_.single_checks) plan_windows();

@@ -17,6 +17,7 @@ struct BlockRequest {
   CodeCache* cache;  ///< where direct jumps in the page may find their target
   unsigned limit = most_instructions;
   bool single_checks = false;  ///< no two accesses are checked together
+  bool exact_flags = false;    ///< flags are kept even where nothing reads them
   bool supervised = false;     ///< only what may be repeated (is_repeatable) is emitted, the rest are steps
 };
 

@@ -18,7 +18,7 @@
 
 namespace anykvm::engine {
 
-std::unique_ptr<Engine> make_translator() { return std::make_unique<translate::Translator>(); }
+std::unique_ptr<Engine> make_translator(bool exact) { return std::make_unique<translate::Translator>(exact); }
 
 namespace translate {
 
@@ -52,7 +52,7 @@ Next step_function(Context* context, u64 request) {
   return static_cast<Translator*>(context->translator)->step_in_block(request);
 }
 
-Translator::Translator() : reference_(make_interpreter()) {
+Translator::Translator(bool exact) : exact_(exact), reference_(make_interpreter()) {
   void* memory =
       mmap(nullptr, sizeof(Context), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -180,6 +180,7 @@ Block* Translator::make_block(CodePage& page, u64 address, bool single_checks) {
                              .cache = &cache_,
                              .limit = block_limit_,
                              .single_checks = single_checks,
+                             .exact_flags = exact_,
                              .supervised = supervision_ != nullptr};
   u8* const code = cache_.free_code();
   const BlockCode made = translate_block(request, code, cache_.code_end());

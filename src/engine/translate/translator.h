@@ -16,14 +16,14 @@ namespace anykvm::engine::translate {
 
 class Translator final : public Engine {
  public:
-  Translator();
+  explicit Translator(bool exact = false);
   ~Translator() override;
   Translator(const Translator&) = delete;
   Translator& operator=(const Translator&) = delete;
 
   void run(x86::Cpu& cpu) override;
   void step(x86::Cpu& cpu) override { reference_->step(cpu); }
-  const char* name() const override { return "translate"; }
+  const char* name() const override { return exact_ ? "translate-exact" : "translate"; }
 
   void abandon() override;
   void for_each_step(void (*f)(void* arg, const char* mnemonic, u64 count), void* arg) const override;
@@ -82,6 +82,7 @@ class Translator final : public Engine {
   /// In a signal handler: the thread goes on at the way out, with the state that the instruction found.
   bool recover(void* ucontext);
 
+  const bool exact_;
   x86::Cpu* cpu_ = nullptr;
   std::unique_ptr<Engine> reference_;
   CodeCache cache_;
