@@ -138,8 +138,7 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
       return d.is_immediate(0) || general_register(d.operands[0]) >= 0 ? Kind::push : Kind::step;
     case ZYDIS_MNEMONIC_POP:
       if (!wide || d.is_memory(0)) return Kind::step;
-      if (general_register(d.operands[0]) < 0) return Kind::step_and_end;
-      return general_register(d.operands[0]) == x86::rsp ? Kind::step : Kind::pop;
+      return general_register(d.operands[0]) < 0 ? Kind::step_and_end : Kind::pop;
     case ZYDIS_MNEMONIC_LEAVE: return wide ? Kind::leave : Kind::step;
     case ZYDIS_MNEMONIC_LEA: return i.address_width == 64 ? Kind::lea : Kind::step;
     case ZYDIS_MNEMONIC_ENDBR64:
@@ -160,6 +159,9 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
     case ZYDIS_MNEMONIC_CLI: return supervisor ? Kind::clear_flag : Kind::step;
     case ZYDIS_MNEMONIC_STI: return supervisor ? Kind::set_interrupt : Kind::step_and_end;
     case ZYDIS_MNEMONIC_SWAPGS: return supervisor ? Kind::swap_gs : Kind::step;
+    case ZYDIS_MNEMONIC_STAC:
+    case ZYDIS_MNEMONIC_CLAC: return supervisor ? Kind::set_access_check : Kind::step_and_end;
+    case ZYDIS_MNEMONIC_VERW: return d.is_memory(0) && plain(0) ? Kind::verify_write : Kind::step;
     case ZYDIS_MNEMONIC_PUSHFQ: return Kind::push_flags;
     case ZYDIS_MNEMONIC_RDTSC:
     case ZYDIS_MNEMONIC_RDTSCP: return Kind::read_time;
@@ -190,6 +192,26 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
 }
 
 }  // namespace
+
+bool is_quick(const Decoded& d) {
+  switch (d.mnemonic()) {
+    case ZYDIS_MNEMONIC_SYSCALL:
+    case ZYDIS_MNEMONIC_IRETQ: return true;
+    case ZYDIS_MNEMONIC_SYSRET: return d.instruction.operand_width == 64;
+    case ZYDIS_MNEMONIC_MOVSB:
+    case ZYDIS_MNEMONIC_MOVSW:
+    case ZYDIS_MNEMONIC_MOVSD:
+    case ZYDIS_MNEMONIC_MOVSQ:
+    case ZYDIS_MNEMONIC_STOSB:
+    case ZYDIS_MNEMONIC_STOSW:
+    case ZYDIS_MNEMONIC_STOSD:
+    case ZYDIS_MNEMONIC_STOSQ:
+      return d.instruction.meta.category == ZYDIS_CATEGORY_STRINGOP && d.instruction.address_width == 64 &&
+             d.instruction.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE) &&
+             source_segment(d) < x86::fs;
+    default: return false;
+  }
+}
 
 bool sees_x87(const Decoded& d) {
   switch (d.mnemonic()) {
@@ -224,7 +246,10 @@ Analysis analyse(const Decoded& d, bool supervisor) {
     case Kind::step:
     case Kind::want_vectors:
     case Kind::push_flags:
-    case Kind::step_and_end: return result;  // the flags go into the state: all are read
+    case Kind::step_and_end:
+      if (d.mnemonic() == ZYDIS_MNEMONIC_SYSRET || d.mnemonic() == ZYDIS_MNEMONIC_IRETQ)
+        result.flags_read = 0, result.flags_killed = all_flags;
+      return result;  // the flags go into the state: all others read all
     case Kind::nothing:
     case Kind::lea:
     case Kind::push:
@@ -235,6 +260,8 @@ Analysis analyse(const Decoded& d, bool supervisor) {
     case Kind::clear_flag:
     case Kind::set_interrupt:
     case Kind::swap_gs:
+    case Kind::verify_write:
+    case Kind::set_access_check:
     case Kind::read_time:
     case Kind::jump:
     case Kind::call:

@@ -24,7 +24,9 @@ enum class Kind : u8 {
   clear_flag,     ///< CLI, CLD
   set_interrupt,  ///< STI
   swap_gs,
-  read_time,  ///< RDTSC, RDTSCP
+  verify_write,      ///< VERW whose ZF nobody reads
+  read_time,         ///< RDTSC, RDTSCP
+  set_access_check,  ///< STAC, CLAC; ends the block, as everything from here on but jump_if
   jump,
   jump_if,
   call,
@@ -44,6 +46,8 @@ struct Analysis {
   bool x87 = false;         ///< emitted for the x87 unit, MMX included, which has to be loaded
 };
 
+/// Whether Translator::quick_step() may know the instruction.
+bool is_quick(const Decoded& d);
 /// Whether the host can load and save its x87 registers alone (XSAVE).
 bool can_keep_x87();
 /// Whether the reference engine may look at x87 registers when it executes the instruction.

@@ -103,6 +103,8 @@ void Translation::collect() {
     Guest& g = guests_[n];
     g.taken_flags_live = g.what.kind == Kind::jump_if && !dead(branch_target(g));
     if (g.taken_flags_live) live = all_flags;
+    if (g.what.kind == Kind::verify_write && (live & ZYDIS_CPUFLAG_ZF || request_.exact_flags))
+      g.what = {.kind = Kind::step};
     live = (live & ~g.what.flags_killed) | g.what.flags_read;
     g.flags_live = live != 0 || request_.exact_flags;
     g.operand_window = g.stack_window = -1;
@@ -239,7 +241,8 @@ void Translation::step_at(u8* site, unsigned n, bool restores_rcx) {
 
 void Translation::step(const Guest& g, bool leave) {
   const auto mnemonic = unsigned(g.d.mnemonic());
-  a_.move_immediate64(address_scratch, StepRequest::encode(g.offset, g.next, sees_x87(g.d), leave, mnemonic));
+  a_.move_immediate64(address_scratch,
+                      StepRequest::encode(g.offset, g.next, is_quick(g.d), sees_x87(g.d), leave, mnemonic));
   a_.call(request_.stubs->step[request_.mode.vectors]);
 }
 
@@ -335,12 +338,12 @@ void Translation::link(s32 target, bool flags_live, unsigned n) {
       a_.load(x86::rcx, offsetof(Context, temporary));
     }
   }
-  aim_or_link(a_.jump_later(), target, n);
+  aim_or_link(a_.jump_later(), target, n, request_.mode);
 }
 
 /// Aims the jump at the target's code, or has it leave until there is some.
-void Translation::aim_or_link(u8* site, s32 target, unsigned n) {
-  if (const Block* block = request_.cache->find(request_.address + unsigned(target), request_.mode.number())) {
+void Translation::aim_or_link(u8* site, s32 target, unsigned n, Mode mode) {
+  if (const Block* block = request_.cache->find(request_.address + unsigned(target), mode.number())) {
     a_.aim(site, block->code);
     return;
   }
@@ -357,7 +360,7 @@ void Translation::emit_jump_if(const Guest& g, unsigned n) {
   const unsigned condition = g.d.instruction.opcode & 15;
   const s32 target = branch_target(g);
   if (in_page(target) && target > s32(g.offset)) {
-    aim_or_link(a_.jump_if_later(condition), target, n);
+    aim_or_link(a_.jump_if_later(condition), target, n, request_.mode);
     return;
   }
   u8* const not_taken = a_.jump_if_later(condition ^ 1);
@@ -449,7 +452,7 @@ void Translation::emit(unsigned n) {
       } else {
         a_.load_from(home(guest), place);
       }
-      a_.lea(guest_rsp, guest_rsp, -1, 0, 8);
+      if (guest != x86::rsp) a_.lea(guest_rsp, guest_rsp, -1, 0, 8);
       break;
     }
     case Kind::leave:
@@ -466,6 +469,8 @@ void Translation::emit(unsigned n) {
     case Kind::clear_flag: emit_clear_flag(g); break;
     case Kind::set_interrupt: emit_set_interrupt(n); break;
     case Kind::swap_gs: emit_swap_gs(); break;
+    case Kind::set_access_check: emit_set_access_check(g, n); break;
+    case Kind::verify_write: check(address_of(g, operand), 2, false, n, g.flags_live); break;
     case Kind::read_time: emit_read_time(g, n); break;
     case Kind::call:
       push_return_address(g, n);

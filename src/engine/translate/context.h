@@ -72,8 +72,11 @@ struct Context {
   x86::CpuState* state;
   const std::atomic<u32>* attention;
   const u32* window_wanted;
-  u64 time_is_refused;  ///< RDTSC and RDTSCP are not what the emitted code takes them for
-  u64 cleared[2];       ///< masks for PEXT and PDEP that leave one flag out: IF, DF
+  u64 time_is_refused;          ///< RDTSC and RDTSCP are not what the emitted code takes them for
+  u64 access_check_is_refused;  ///< STAC and CLAC are not what the emitted code takes them for
+  u8* data_privilege;           ///< Cpu's
+  u8* mode;                     ///< the translator's Mode, whose first byte is the privilege
+  u64 cleared[3];               ///< masks for PEXT and PDEP that leave one flag out: IF, DF, AC
   u64 arithmetic_flags, interrupt_flag;
   u64 tlb_index_bits, page_number_bits, jump_index_bits, low_bits[3];  ///< masks for PEXT; low_bits: 0xf, 0x1f, 0x3f
   u64 host_stack;

@@ -28,13 +28,15 @@ struct Stubs {
 
 /// An instruction for the reference engine.
 struct StepRequest {
-  /// offset, next: in the page. sees_x87: the x87 registers have to be in the state. ends: it ends its block. mnemonic:
-  /// ZydisMnemonic.
-  static constexpr u64 encode(unsigned offset, unsigned next, bool sees_x87, bool ends, unsigned mnemonic) {
-    return offset | next << 13 | (sees_x87 ? 1u << 30 : 0) | (ends ? 1u << 31 : 0) | u64(mnemonic) << 32;
+  /// offset, next: in the page. quick: quick_step() may know it. sees_x87: the x87 registers have to be in the state.
+  /// ends: it ends its block. mnemonic: ZydisMnemonic.
+  static constexpr u64 encode(unsigned offset, unsigned next, bool quick, bool sees_x87, bool ends, unsigned mnemonic) {
+    return offset | next << 13 | (quick ? 1u << 29 : 0) | (sees_x87 ? 1u << 30 : 0) | (ends ? 1u << 31 : 0) |
+           u64(mnemonic) << 32;
   }
   static unsigned offset(u64 request) { return request & 0x1fff; }
   static unsigned next(u64 request) { return request >> 13 & 0x1fff; }
+  static bool quick(u64 request) { return request >> 29 & 1; }
   static bool sees_x87(u64 request) { return request >> 30 & 1; }
   static bool ends(u64 request) { return request >> 31 & 1; }
   static unsigned mnemonic(u64 request) { return unsigned(request >> 32); }

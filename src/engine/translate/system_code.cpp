@@ -131,6 +131,33 @@ void Translation::emit_swap_gs() {
   a_.load(rcx, temporary);
 }
 
+/// The code behind it has other rights: the block ends, and goes on in one for those.
+void Translation::emit_set_access_check(const Guest& g, unsigned n) {
+  const bool set = g.d.mnemonic() == ZYDIS_MNEMONIC_STAC;
+  if (request_.mode.vectors != no_vectors || g.next >= page_size) {
+    step(g, true);
+    return;
+  }
+  a_.store(temporary, rcx);
+  a_.load(rcx, offsetof(Context, access_check_is_refused));
+  u8* const allowed = a_.jump_if_rcx_zero_later();
+  step_restoring_rcx(n);
+  a_.aim_short(allowed);
+  a_.load(rcx, temporary);
+  a_.load(index_scratch, at_state);
+  a_.load_from(address_scratch, index_scratch, other_flags_at);
+  a_.extract_bits(address_scratch, address_scratch, offsetof(Context, cleared) + 16);
+  a_.deposit_bits(address_scratch, address_scratch, offsetof(Context, cleared) + 16);
+  if (set) a_.lea(address_scratch, address_scratch, -1, 0, s32(x86::flag::ac));
+  a_.store_to(index_scratch, other_flags_at, address_scratch);
+  const x86::Privilege privilege = set ? x86::Privilege::supervisor_ac : x86::Privilege::supervisor;
+  for (const u32 at : {offsetof(Context, data_privilege), offsetof(Context, mode)}) {
+    a_.load(index_scratch, at);
+    a_.bytes(0x41, 0xc6, 0x45, 0, unsigned(privilege));  // mov byte [r13], privilege
+  }
+  aim_or_link(a_.jump_later(), g.next, n, {privilege, request_.mode.vectors});
+}
+
 void Translation::emit_read_time(const Guest& g, unsigned n) {
   const bool with_id = g.d.mnemonic() == ZYDIS_MNEMONIC_RDTSCP;
   a_.store(temporary, rcx);

@@ -73,6 +73,7 @@ class Translation {
   void emit_clear_flag(const Guest& g);
   void emit_set_interrupt(unsigned n);
   void emit_swap_gs();
+  void emit_set_access_check(const Guest& g, unsigned n);
   void emit_read_time(const Guest& g, unsigned n);
   // x87_code.cpp
   void want_x87(const Guest& g, unsigned n);
@@ -97,7 +98,7 @@ class Translation {
   /// Jumps to the step of instruction n, RCX restored from Context::temporary.
   void step_restoring_rcx(unsigned n) { step_at(a_.jump_later(), n, true); }
   void link(s32 target, bool flags_live, unsigned n);
-  void aim_or_link(u8* site, s32 target, unsigned n);
+  void aim_or_link(u8* site, s32 target, unsigned n, Mode mode);
   void to_page_offset(Register to, s32 offset) {
     a_.load(to, offsetof(Context, page_base));
     a_.lea(to, to, -1, 0, offset);

@@ -65,6 +65,9 @@ Translator::Translator(bool exact) : exact_(exact), reference_(make_interpreter(
   context_->jump_index_bits = u64(jump_entries - 1) << 1;
   context_->cleared[0] = ~x86::flag::if_;
   context_->cleared[1] = ~x86::flag::df;
+  context_->cleared[2] = ~x86::flag::ac;
+  static_assert(offsetof(Mode, privilege) == 0 && sizeof(Mode::privilege) == 1);
+  context_->mode = reinterpret_cast<u8*>(&mode_);
   context_->arithmetic_flags = x86::flag::arithmetic;
   context_->interrupt_flag = x86::flag::if_;
   for (unsigned n = 0; n < 3; ++n) context_->low_bits[n] = (16u << n) - 1;
@@ -94,8 +97,8 @@ u8 Translator::vectors_allowed() const {
 
 bool Translator::translatable() const {
   const x86::CpuState& s = cpu_->state;
-  return s.code_bits == 64 && (s.cpl == 0 || s.cpl == 3) && !(s.other_flags & (x86::flag::tf | x86::flag::rf)) &&
-         !s.event.shadow && !cpu_->debug_watch && cpu_->data_privilege != x86::Privilege::user_aligned;
+  return s.code_bits == 64 && (s.cpl == 0 || s.cpl == 3) && !(s.other_flags & x86::flag::tf) && !s.event.shadow &&
+         !cpu_->debug_watch && cpu_->data_privilege != x86::Privilege::user_aligned;
 }
 
 void Translator::flush_tlb() {
@@ -158,6 +161,7 @@ void Translator::flush_page(Gva page) {
 void Translator::refresh_segments() {
   context_->fs_base = cpu_->state.segment[x86::fs].base;
   context_->gs_base = cpu_->state.segment[x86::gs].base;
+  context_->access_check_is_refused = !(cpu_->state.cr4 & x86::cr4::smap) || !cpu_->cpuid.has(x86::Feature::smap);
   context_->time_is_refused = cpu_->state.tsc_ratio || (cpu_->state.cpl && cpu_->state.cr4 & x86::cr4::tsd) ||
                               !cpu_->cpuid.has(x86::Feature::rdtscp);
 }
@@ -235,10 +239,12 @@ Next Translator::step_in_block(u64 request) {
   x86::CpuState& s = cpu_->state;
   s.rip = context_->page_base + StepRequest::offset(request);
   if (!may_step()) return Next::leave;
-  ++steps_[StepRequest::mnemonic(request)];
   if (StepRequest::sees_x87(request)) save_x87();
   const u32 x87_missing = context_->x87_missing;
-  reference_->step(*cpu_);
+  if (!StepRequest::quick(request) || !quick_step(request)) {
+    ++steps_[StepRequest::mnemonic(request)];
+    reference_->step(*cpu_);
+  }
   if (!x87_allowed()) save_x87();
   if (StepRequest::ends(request)) {
     serialized_ = true;
@@ -268,6 +274,7 @@ Next Translator::go_on() {
     return Next::leave;
   }
   code_dropped_ = false;
+  cpu.state.other_flags &= ~x86::flag::rf;
   refresh_segments();
   return Next(unsigned(Next::enter) + mode.vectors);
 }
@@ -329,6 +336,7 @@ void Translator::enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*
   context_->state = &cpu.state;
   context_->attention = &attention;
   context_->window_wanted = &cpu.window_wanted;
+  context_->data_privilege = reinterpret_cast<u8*>(&cpu.data_privilege);
   context_->link_site = 0;
   context_->wants_checks = 0;
   ++epoch_;
@@ -401,6 +409,7 @@ bool Translator::run_once() {
   context_->link_site = 0;
   context_->page_base = cpu_->state.rip & page_mask;
   context_->enter_at = u64(block->code);
+  cpu_->state.other_flags &= ~x86::flag::rf;  // no breakpoint is armed
   refresh_segments();
   stubs_.enter[mode_.vectors](context_);
   if (supervision_) save_x87();

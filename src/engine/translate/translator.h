@@ -71,6 +71,11 @@ class Translator final : public Engine {
   /// What the code cache calls a block of the current mode.
   unsigned block_mode(bool single_checks) const { return mode_.number() + (single_checks ? Mode::count : 0); }
   void page_written(const u8* host);
+  // quick_steps.cpp
+  /// Executes one of the few instructions that is_quick() names, without the reference engine. false: it has not.
+  bool quick_step(u64 request);
+  template <unsigned bytes, bool moves>
+  bool repeat_string(u64 next);
   // x87_state.cpp
   /// The guest's x87 registers back into the state, if the host's unit has them.
   void save_x87();

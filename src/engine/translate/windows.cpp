@@ -92,7 +92,7 @@ bool change_of(const Guest& g, int reg, s32& change) {
     case Kind::push:
     case Kind::push_memory:
     case Kind::push_flags: change = -8; return true;
-    case Kind::pop: change = 8; return reg == x86::rsp;
+    case Kind::pop: change = 8; return reg == x86::rsp && general_register(operands[0]) != x86::rsp;
     case Kind::lea:
       change = s32(operands[1].mem.disp.value);
       return operands[0].size == 64 && operands[1].mem.index == ZYDIS_REGISTER_NONE &&

@@ -1,0 +1,214 @@
+// What a kernel does on the way in and out, in translated code and by the reference engine: system calls, IRETQ, access
+// to user memory, string instructions, and the faults among them.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <string>
+
+#include "engine/engine.h"
+#include "x86/cpuid.h"
+#include "x86/long_mode.h"
+
+namespace anykvm::engine {
+namespace {
+
+using namespace x86;
+
+constexpr Gva user_code = 0x400000, user_data = 0x402000, user_stack = 0x404000;
+constexpr Gva kernel_code = 0x5000, system_call = 0x6800, buffer = 0xd800;
+
+/// A kernel at kernel_code that returns to user code, and is called from there.
+class Guest : public LongMode {
+ public:
+  explicit Guest(std::unique_ptr<Engine> with) : engine(std::move(with)) {
+    static const u8 never = 0;
+    cpu.immediate_exit = &never;
+    cpu.cpuid.set(supported_cpuid());
+    for (u8 vector = 0; vector < 32; ++vector) {
+      gate(vector, 0x6000 + vector * 16);
+      machine.base[0x6000 + vector * 16] = 0xf4;  // hlt
+    }
+    for (Gva page = user_code; page <= user_stack; page += page_size)
+      map(page, 0x200000 + (page - user_code), pte::p | pte::w | pte::u);
+    CpuState& s = cpu.state;
+    s.msr.star = u64(0x18) << 48 | u64(kernel_cs) << 32;
+    s.msr.lstar = system_call;
+    s.msr.sfmask = flag::if_ | flag::df | flag::ac | flag::tf;
+    const u64 frame[] = {user_code, user_cs, 0x202 | flag::rf | flag::cf, user_stack + 0x800, user_ss};
+    std::memcpy(machine.base + 0x7000, frame, sizeof frame);
+    s.gpr[rsp] = 0x7000;
+    s.rip = kernel_code;
+    put(kernel_code, {0x48, 0xcf});  // iretq
+    for (unsigned n = 0; n < 3 * page_size; n += 8) machine.put<u64>(0x200000 + n, n * 0x9e3779b97f4a7c15);
+  }
+
+  void put(Gpa gpa, std::initializer_list<u8> bytes) { std::memcpy(machine.base + gpa, bytes.begin(), bytes.size()); }
+  void put_user(std::initializer_list<u8> bytes) { put(0x200000, bytes); }
+  void smap(bool on) {
+    cpu.state.cr4 = on ? cpu.state.cr4 | cr4::smap : cpu.state.cr4 & ~cr4::smap;
+    cpu.update_mode();
+  }
+  u64 steps(const char* mnemonic) const {
+    struct Sum {
+      const char* mnemonic;
+      u64 count;
+    } sum{mnemonic, 0};
+    engine->for_each_step(
+        [](void* arg, const char* name, u64 count) {
+          auto& wanted = *static_cast<Sum*>(arg);
+          if (!std::strcmp(wanted.mnemonic, name)) wanted.count += count;
+        },
+        &sum);
+    return sum.count;
+  }
+
+  std::unique_ptr<Engine> engine;
+};
+
+class TranslateKernelTest : public testing::Test {
+ protected:
+  template <class Body>
+  void both(Body body) {
+    body(translator);
+    body(reference);
+  }
+  void run_and_compare() {
+    both([](Guest& guest) { guest.engine->run(guest.cpu); });
+    const CpuState &left = translator.cpu.state, &right = reference.cpu.state;
+    EXPECT_EQ(translator.cpu.exit.kind, reference.cpu.exit.kind);
+    EXPECT_EQ(left.rip, right.rip);
+    EXPECT_EQ(left.rflags(), right.rflags());
+    EXPECT_EQ(left.cpl, right.cpl);
+    for (unsigned n = 0; n < 16; ++n) EXPECT_EQ(left.gpr[n], right.gpr[n]) << n;
+    for (unsigned n = 0; n < 6; ++n) {
+      EXPECT_EQ(left.segment[n].selector, right.segment[n].selector) << n;
+      EXPECT_EQ(left.segment[n].base, right.segment[n].base) << n;
+      EXPECT_EQ(left.segment[n].type, right.segment[n].type) << n;
+    }
+    EXPECT_EQ(translator.cpu.data_privilege, reference.cpu.data_privilege);
+    EXPECT_EQ(left.cr2, right.cr2);
+    EXPECT_EQ(std::memcmp(translator.machine.base + 0x7000, reference.machine.base + 0x7000, 0x7000), 0);
+    EXPECT_EQ(std::memcmp(translator.machine.base + 0x200000, reference.machine.base + 0x200000, 0x5000), 0);
+  }
+
+  Guest translator{make_translator()}, reference{make_interpreter()};
+};
+
+TEST_F(TranslateKernelTest, SystemCallsCopyFromAndToUserMemory) {
+  both([](Guest& guest) {
+    guest.smap(true);
+    guest.put_user({
+        0xbb, 0x64, 0,    0,    0,              // mov ebx, 100
+        0x48, 0xc7, 0xc6, 0xf0, 0x2f, 0x40, 0,  // again: mov rsi, 0x402ff0: the copy goes across pages
+        0x48, 0xc7, 0xc2, 0x21, 0,    0,    0,  // mov rdx, 33
+        0x44, 0x8d, 0x04, 0x1b,                 // lea r8d, [rbx + rbx]
+        0xf9,                                   // stc
+        0x0f, 0x05,                             // syscall
+        0x73, 0x06,                             // jnc: the flags did not come back
+        0xff, 0xcb,                             // dec ebx
+        0x75, 0xe5,                             // jnz again
+        0x0f, 0x0b,                             // ud2
+        0x0f, 0x0b,                             // ud2
+    });
+    guest.put(system_call, {
+                               0x49, 0x89, 0xe1,                          // mov r9, rsp
+                               0xbc, 0x00, 0x80, 0,    0,                 // mov esp, 0x8000
+                               0x41, 0x51,                                // push r9
+                               0x51,                                      // push rcx
+                               0x41, 0x53,                                // push r11
+                               0x48, 0xc7, 0xc7, 0xfb, 0xdf, 0,    0,     // mov rdi, 0xdffb
+                               0x48, 0x89, 0xd1,                          // mov rcx, rdx
+                               0x0f, 0x01, 0xcb,                          // stac
+                               0xf3, 0xa4,                                // rep movsb
+                               0x44, 0x89, 0x06,                          // mov [rsi], r8d
+                               0x0f, 0x01, 0xca,                          // clac
+                               0x31, 0xc0,                                // xor eax, eax
+                               0xb9, 0x07, 0,    0,    0,                 // mov ecx, 7
+                               0xf3, 0x48, 0xab,                          // rep stosq
+                               0xf3, 0x48, 0xab,                          // rep stosq: nothing
+                               0x9c,                                      // pushfq
+                               0x58,                                      // pop rax
+                               0x41, 0x5b,                                // pop r11
+                               0x59,                                      // pop rcx
+                               0x5c,                                      // pop rsp
+                               0x0f, 0x00, 0x2c, 0x25, 0xf8, 0xde, 0, 0,  // verw [0xdef8]
+                               0x48, 0x0f, 0x07,                          // sysretq
+                           });
+    for (Gva page = 0xc000; page < 0x10000; page += page_size) guest.map(page, page, pte::p | pte::w);
+  });
+  run_and_compare();
+  EXPECT_EQ(translator.cpu.state.rip, 0x6000u + exception::ud * 16 + 1);
+  EXPECT_EQ(translator.cpu.state.gpr[rbx], 0u);
+  for (const char* quick : {"syscall", "sysret", "stac", "clac", "verw", "iretq"})
+    EXPECT_LT(translator.steps(quick), 10u) << quick;
+}
+
+TEST_F(TranslateKernelTest, AccessIsCheckedBehindClac) {
+  for (const bool smap : {true, false}) {
+    both([smap](Guest& guest) {
+      guest.cpu.state.rip = kernel_code;
+      guest.cpu.state.gpr[rsp] = 0x7000;
+      guest.enter(0);
+      guest.smap(smap);
+      guest.put(kernel_code, {
+                                 0xf9,                                // stc
+                                 0x0f, 0x01, 0xcb,                    // stac
+                                 0x0f, 0x01, 0xcb,                    // stac
+                                 0xff, 0x04, 0x25, 0, 0x20, 0x40, 0,  // inc dword [0x402000]
+                                 0x9c,                                // pushfq
+                                 0x0f, 0x01, 0xca,                    // clac
+                                 0x72, 0x01,                          // jc: inc keeps CF
+                                 0xf4,                                // hlt
+                                 0x9c,                                // pushfq
+                                 0xff, 0x04, 0x25, 0, 0x20, 0x40, 0,  // inc dword [0x402000]
+                                 0xf4,                                // hlt
+                             });
+    });
+    run_and_compare();
+    EXPECT_EQ(translator.cpu.state.rip, smap ? 0x6000u + exception::pf * 16 + 1 : kernel_code + 30);
+  }
+}
+
+TEST_F(TranslateKernelTest, StringsStopWhereTheyFault) {
+  both([](Guest& guest) {
+    guest.put_user({
+        0xbf, 0x00, 0x28, 0x40, 0,  // mov edi, 0x402800
+        0xb8, 0x5a, 0, 0, 0,        // mov eax, 0x5a
+        0xb9, 0x00, 0x40, 0, 0,     // mov ecx, 0x4000
+        0xf3, 0xab,                 // rep stosd: to the end of the stack's page
+    });
+  });
+  run_and_compare();
+  EXPECT_EQ(translator.cpu.state.rip, 0x6000u + exception::pf * 16 + 1);
+  EXPECT_EQ(translator.cpu.state.gpr[rdi], user_stack + page_size);
+  both([](Guest& guest) {
+    guest.cpu.state.rip = kernel_code;
+    guest.cpu.state.gpr[rsp] = 0x7000;
+    guest.cpu.state.gpr[rdi] = 0x7ff0;
+    guest.cpu.state.gpr[rsi] = 0x8ffd;
+    guest.cpu.state.gpr[rcx] = 0x20;
+    guest.put(kernel_code, {
+                               0xf3, 0x48, 0xa5,  // rep movsq: elements across pages
+                               0xfd,              // std
+                               0xb1, 0x11,        // mov cl, 0x11
+                               0xf3, 0xa4,        // rep movsb
+                               0xf4,              // hlt
+                           });
+  });
+  run_and_compare();
+  EXPECT_EQ(translator.cpu.state.rip, kernel_code + 9);
+}
+
+TEST_F(TranslateKernelTest, SystemCallsMayBeTurnedOff) {
+  both([](Guest& guest) {
+    guest.put_user({0x0f, 0x05});
+    guest.cpu.state.msr.efer &= ~efer::sce;
+  });
+  run_and_compare();
+  EXPECT_EQ(translator.cpu.state.rip, 0x6000u + exception::ud * 16 + 1);
+}
+
+}  // namespace
+}  // namespace anykvm::engine
