@@ -1,7 +1,6 @@
 // 16- and 32-bit code on the host CPU, which executes it in 64-bit mode: what the same bytes mean differently there.
 #include "engine/native/native_code.h"
 
-#include <Zydis/Zydis.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
@@ -9,6 +8,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "engine/native/decoded.h"
 #include "x86/cpuid.h"
 
 namespace anykvm::engine {
@@ -25,20 +25,11 @@ class NativeCodeTest : public testing::Test {
   void run(unsigned bits, std::initializer_list<u8> bytes) {
     std::vector<u8> padded(bytes);
     padded.resize(16);
-    ZydisDecoder decoder;
-    ZydisDecoderInit(&decoder,
-                     bits == 64   ? ZYDIS_MACHINE_MODE_LONG_64
-                     : bits == 32 ? ZYDIS_MACHINE_MODE_LONG_COMPAT_32
-                                  : ZYDIS_MACHINE_MODE_LONG_COMPAT_16,
-                     bits == 64   ? ZYDIS_STACK_WIDTH_64
-                     : bits == 32 ? ZYDIS_STACK_WIDTH_32
-                                  : ZYDIS_STACK_WIDTH_16);
-    ZydisDecodedInstruction instruction;
-    ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
-    ASSERT_TRUE(ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, padded.data(), 15, &instruction, operands)));
-    ASSERT_EQ(instruction.length, bytes.size());
-    const EmitResult result = emit_native(instruction, {operands, instruction.operand_count}, padded.data(), bits,
-                                          {code_, native_code_bytes});
+    Decoded d;
+    ASSERT_TRUE(ZYAN_SUCCESS(decode_instruction(padded.data(), 15, bits, d)));
+    ASSERT_EQ(d.instruction.length, bytes.size());
+    const EmitResult result =
+        emit_native(d.instruction, d.all_operands(), padded.data(), bits, {code_, native_code_bytes});
     ASSERT_TRUE(result.emitted);
     reinterpret_cast<NativeCode>(code_)(&state, memory);
   }

@@ -1,12 +1,12 @@
 // AVX-512 in translated code: the same instruction, once emitted for the host and once by the reference engine, must
 // leave the same registers and memory, where all is mapped and where the operand ends on a page that is not there.
-#include <Zydis/Zydis.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <iterator>
 #include <random>
 
+#include "engine/native/decoded.h"
 #include "engine/side.h"
 
 namespace anykvm::engine {
@@ -21,8 +21,6 @@ class TranslateAvx512Test : public testing::Test {
 };
 
 TEST_F(TranslateAvx512Test, DoesWhatTheReferenceDoes) {
-  ZydisDecoder decoder;
-  ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
   std::mt19937_64 random(7);
   for (unsigned tried = 0; tried < 3000;) {
     u8 bytes[15];
@@ -45,18 +43,17 @@ TEST_F(TranslateAvx512Test, DoesWhatTheReferenceDoes) {
       std::memcpy(bytes, choice, sizeof choice);
       if (random() % 2) bytes[2] = u8(0x90 + random() % 4);
     }
-    ZydisDecodedInstruction instruction;
-    ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
-    if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, bytes, sizeof bytes, &instruction, operands))) continue;
+    Decoded d;
+    if (!ZYAN_SUCCESS(decode_instruction(bytes, sizeof bytes, 64, d))) continue;
+    const unsigned length = d.instruction.length;
     ++tried;
     const u64 seed = random();
-    translator.execute(bytes, instruction.length, seed);
-    reference.execute(bytes, instruction.length, seed);
+    translator.execute(bytes, length, seed);
+    reference.execute(bytes, length, seed);
     const auto left = translator.outcome(), right = reference.outcome();
     for (unsigned n = 0; n < left.size(); ++n)
-      ASSERT_TRUE(left[n] == right[n]) << ZydisMnemonicGetString(instruction.mnemonic) << ' '
-                                       << hex(bytes, instruction.length) << ", try " << tried << ": " << left[n].first
-                                       << '\n'
+      ASSERT_TRUE(left[n] == right[n]) << ZydisMnemonicGetString(d.mnemonic()) << ' ' << hex(bytes, length) << ", try "
+                                       << tried << ": " << left[n].first << '\n'
                                        << hex(left[n].second.data(), std::min<std::size_t>(left[n].second.size(), 64))
                                        << '\n'
                                        << hex(right[n].second.data(),

@@ -13,19 +13,6 @@ using x86::FpuState;
 
 namespace {
 
-const ZydisDecoder& decoder(unsigned code_bits) {
-  struct Decoders {
-    ZydisDecoder long64, legacy32, legacy16;
-    Decoders() {
-      ZydisDecoderInit(&long64, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
-      ZydisDecoderInit(&legacy32, ZYDIS_MACHINE_MODE_LONG_COMPAT_32, ZYDIS_STACK_WIDTH_32);
-      ZydisDecoderInit(&legacy16, ZYDIS_MACHINE_MODE_LONG_COMPAT_16, ZYDIS_STACK_WIDTH_16);
-    }
-  };
-  static const Decoders all;
-  return code_bits == 64 ? all.long64 : code_bits == 32 ? all.legacy32 : all.legacy16;
-}
-
 /// Code bytes at a guest address; returns how many.
 unsigned fetch(x86::Cpu& cpu, Gva rip, u8 (&bytes)[15]) {
   if (cpu.state.code_bits != 64) rip = u32(rip + cpu.state.segment[x86::cs].base);
@@ -48,8 +35,7 @@ unsigned fetch(x86::Cpu& cpu, Gva rip, u8 (&bytes)[15]) {
 
 bool decode(x86::Cpu& cpu, Gva rip, Decoded& d, u8 (&bytes)[15]) {
   const unsigned have = fetch(cpu, rip, bytes);
-  return have &&
-         ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder(cpu.state.code_bits), bytes, have, &d.instruction, d.operands));
+  return have && ZYAN_SUCCESS(decode_instruction(bytes, have, cpu.state.code_bits, d));
 }
 
 /// Follows the code for a few instructions, both ways at a branch.
