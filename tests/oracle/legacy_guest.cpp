@@ -327,13 +327,21 @@ class Generator {
   u32 flags_value() { return 2 | (u32(random_()) & 0x044dd5 & ~(below(4) ? 0x4100u : 0)) | below(4) << 12; }
 
   void paging_access(bool pae) {
-    const u32 offset = below(3) ? below(0x1000) & ~3u : below(2) ? 0xffd + below(3) : below(16);
+    // A jump leads to 256 bytes of a page that nothing is stored to: code made of what tests leave behind would have
+    // flags that the manuals do not define.
+    constexpr u32 only_code = 0xd00;
+    const u32 kind = below(10), wide = below(2);
+    const bool jumps = kind == 5;
+    u32 offset = below(3) ? below(0x1000) & ~3u : below(2) ? 0xffd + below(3) : below(16);
+    if (jumps)
+      offset = only_code + (offset & 0xff);
+    else if (offset > only_code - 0x40 && offset < only_code + 0x140)  // pushes go down
+      offset -= 0x400;
     u32 address = PAGING_WINDOW + below(5) * 0x1000 + offset;
     if (below(4) == 0) address = (pae ? 0xa00000 : 0xc00000) + PAGING_FRAMES + (offset & 0xffc);
-    if (below(8) == 0) address = below(2) ? 0xb010 : 0x9010;
+    if (below(8) == 0) address = (below(2) ? 0xb000 : 0x9000) + (jumps ? only_code : 0x10);
     load_eax(address);
-    const u32 wide = below(2);
-    switch (below(10)) {
+    switch (kind) {
       case 0:
       case 1: byte(0x8a + wide), byte(0x08); break;
       case 2:

@@ -371,8 +371,16 @@ class Generator {
       entry(LONG_WINDOW_PT + 8 * page, LONG_FRAMES + (page & 3) * 0x1000, true);
     }
   }
-  u64 window_address() {
+  /// Where a jump may lead: 256 bytes of every page that nothing is stored to. Code made of what tests leave behind
+  /// would have flags that the manuals do not define.
+  static constexpr u64 only_code = 0xd00;
+  u64 page_offset() {
     const u64 offset = below(3) ? below(0x1000) & ~7u : below(2) ? 0xff8 + below(8) : below(16);
+    const bool close = offset > only_code - 0x40 && offset < only_code + 0x140;  // pushes go down
+    return close ? offset - 0x400 : offset;
+  }
+  u64 window_address() {
+    const u64 offset = page_offset();
     switch (below(8)) {
       case 0: return window + (1ull << 30) + LONG_FRAMES + below(4) * 0x1000 + (offset & 0xff8);
       case 1: return window + (2ull << 21) + LONG_FRAMES + below(4) * 0x1000 + (offset & 0xff8);
@@ -387,6 +395,8 @@ class Generator {
     static constexpr u32 places[] = {LONG_USER_STACK + 8, LONG_SUPER_DATA + 16, LONG_USER_CODE + 0xf8, LONG_FRAMES};
     return (bits_ == 16 ? places[below(3)] : any_of(places)) - base_ + below(8);
   }
+
+  u64 jump_address() { return (data_address() & ~0xfffull) + only_code + below(0x100); }
 
   // --- instructions
   // -----------------------------------------------------------------------------------------------------
@@ -621,10 +631,9 @@ class Generator {
   }
 
   void access(Emitter& code) {
-    const u64 address = data_address();
-    code.load(0, address);
-    const unsigned size = below(3);
-    switch (below(13)) {
+    const unsigned kind = below(13), size = below(3);
+    code.load(0, kind == 5 ? jump_address() : data_address());
+    switch (kind) {
       case 0:
       case 1: code.prefix_for_rax().bytes({size ? 0x8bu : 0x8au, 0x08}); break;  // loads
       case 2:

@@ -3,6 +3,7 @@
 
     .section .rodata
     .globl monitor_boot, monitor_boot_end, monitor_code, monitor_code_end, monitor_stubs
+#define VECTORS_WITH_ERROR_CODE (1 << 8 | 0x1f << 10 | 1 << 17 | 1 << 21)
 #define AT(label) (MONITOR_CODE + (label) - monitor_code)
 
     .code16
@@ -148,7 +149,8 @@ finished:
     outb %al, %dx
     jmp finished
 
-// The vector lies on top of the frame. Stacks are all below 64 KiB, and maybe 16-bit ones.
+// The vector lies on top of the frame. Stacks are below 64 KiB, and maybe 16-bit ones, or CPL 0's in the window. These
+// are read as far as the event's frame goes: what lies above may not be mapped.
 ended:
     pushal
     pushl %ds
@@ -159,6 +161,30 @@ ended:
     movl %eax, %ds
     movl %eax, %es
     cld
+    movzwl %sp, %ebx
+    movl %ss, %eax
+    larl %eax, %eax
+    testl $0x400000, %eax
+    jz 7f
+    movl %esp, %ebx
+7:  movl $AT(frame), %edi
+    movl $24, %ecx
+    xorl %eax, %eax
+    rep stosl
+    movl $24, %ecx
+    cmpl $0x10000, %ebx
+    jb 7f
+    movl %ss:48(%ebx), %edx
+    movl $VECTORS_WITH_ERROR_CODE, %eax
+    movl $16, %ecx
+    btl %edx, %eax
+    adcl $0, %ecx
+7:  movl %ebx, %esi
+    movl $AT(frame), %edi
+7:  movl %ss:(%esi), %eax
+    stosl
+    addl $4, %esi
+    loop 7b
     movl %cr0, %ebp
     movl %ebp, %eax
     andl $0x7fffffff, %eax
@@ -166,8 +192,7 @@ ended:
     movl AT(current), %edi
     imull $MONITOR_LOG_SIZE, %edi
     addl $MONITOR_LOG, %edi
-    movzwl %sp, %eax
-    movl %eax, %esi
+    movl %ebx, %eax
     stosl
     movl %ss, %eax
     stosl
@@ -185,11 +210,9 @@ ended:
     xorl %eax, %eax
     sldt %ax
     stosl
+    movl $AT(frame), %esi
     movl $24, %ecx
-7:  movl %ss:(%esi), %eax
-    stosl
-    addl $4, %esi
-    loop 7b
+    rep movsl
     movl $MONITOR_GDT, %esi
     movl $MONITOR_GDT_SIZE / 4, %ecx
     rep movsl
@@ -212,6 +235,8 @@ ended:
     .balign 4
 current:
     .long 0
+frame:
+    .fill 24, 4, 0
 gdt_pointer:
     .word MONITOR_GDT_SIZE - 1
     .long MONITOR_GDT
