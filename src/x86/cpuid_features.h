@@ -131,6 +131,7 @@ enum class Feature : u16 {
   lahf_lm = detail::bit(CpuidWord::ext1_ecx, 0),
   abm = detail::bit(CpuidWord::ext1_ecx, 5),
   sse4a = detail::bit(CpuidWord::ext1_ecx, 6),
+  misalignsse = detail::bit(CpuidWord::ext1_ecx, 7),
   prefetchw = detail::bit(CpuidWord::ext1_ecx, 8),
   osvw = detail::bit(CpuidWord::ext1_ecx, 9),
   topoext = detail::bit(CpuidWord::ext1_ecx, 22),

@@ -72,8 +72,9 @@ struct alignas(64) Instruction {
   bool waits_for_x87 : 1 = false;       ///< a pending x87 exception is reported before it
   bool moves_x87_pointers : 1 = false;  ///< sets FIP, FDP and FOP
   bool uses_mxcsr : 1 = false;
-  bool repeatable : 1 = false;    ///< is_repeatable()
-  bool bars_devices : 1 = false;  ///< its memory operand must be RAM; for handlers with native code
+  bool mxcsr_may_misalign : 1 = false;  ///< MXCSR.MM lifts `alignment`
+  bool repeatable : 1 = false;          ///< is_repeatable()
+  bool bars_devices : 1 = false;        ///< its memory operand must be RAM; for handlers with native code
 
   /// One bit a byte of the instruction.
   u32 length_mask() const { return (1u << length) - 1; }

@@ -12,6 +12,8 @@ namespace {
 namespace cr0 = x86::cr0;
 namespace cr4 = x86::cr4;
 
+constexpr u32 mxcsr_mm = 1u << 17;  ///< AMD's: packed operands need no alignment
+
 u16 x87_status(const x86::CpuState& state) {
   u16 status;
   std::memcpy(&status, state.fpu.x87 + 2, sizeof status);
@@ -46,18 +48,24 @@ Result host_exception(Context& c, const Instruction& i) {
 namespace {
 
 /// Whether some exception that the instruction could raise is unmasked.
-bool may_not_store(const Context& c, const Instruction& i) {
-  return i.uses_mxcsr && ~c.cpu.state.fpu.mxcsr & 0x1f80;
-}
+bool may_not_store(const Context& c, const Instruction& i) { return i.uses_mxcsr && ~c.cpu.state.fpu.mxcsr & 0x1f80; }
 
 Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
   Gva gva = 0;
   const Result located =
       memory_address(c, i, i.memory_bytes, i.use == Cpu::Use::read ? Access::read : Access::write, gva);
   // Alignment comes first: #GP, where a stack address that is not canonical either would give #SS.
-  if (i.alignment && gva & (i.alignment - 1u)) [[unlikely]]
+  const bool misaligned = i.alignment && gva & (i.alignment - 1u);
+  if (misaligned && !(i.mxcsr_may_misalign && c.cpu.state.fpu.mxcsr & mxcsr_mm)) [[unlikely]]
     return c.cpu.gp();
   ANYKVM_TRY(located);
+  if (misaligned) [[unlikely]] {
+    ANYKVM_TRY(c.cpu.open_operand(gva, i.memory_bytes, Cpu::Use::read, operand));
+    // The host's MXCSR is not the guest's where an instruction has no use for it.
+    if (!operand.bounced) std::memcpy(operand.buffer, operand.host, i.memory_bytes);
+    operand.host = operand.buffer;
+    return Result::ok;
+  }
   // An unmasked exception keeps the store from happening: a bounce buffer must then hold what was there.
   const Cpu::Use use = i.use == Cpu::Use::write && may_not_store(c, i) ? Cpu::Use::read_write : i.use;
   if (!i.bars_devices) [[likely]]
@@ -260,6 +268,21 @@ u8 required_alignment(const Decoded& d, Unit unit, unsigned memory_bytes) {
   }
 }
 
+/// Whether MXCSR.MM has the operand lie anywhere: not that of a move which says that it is aligned (AMD64 manual volume
+/// 1, 4.2.2 and volume 4).
+bool mxcsr_may_misalign(const Decoded& d, Unit unit) {
+  switch (d.mnemonic()) {
+    case ZYDIS_MNEMONIC_MOVAPS:
+    case ZYDIS_MNEMONIC_MOVAPD:
+    case ZYDIS_MNEMONIC_MOVDQA:
+    case ZYDIS_MNEMONIC_MOVNTPS:
+    case ZYDIS_MNEMONIC_MOVNTPD:
+    case ZYDIS_MNEMONIC_MOVNTDQ:
+    case ZYDIS_MNEMONIC_MOVNTDQA: return false;
+    default: return unit == Unit::sse || unit == Unit::mmx;
+  }
+}
+
 Result check_unit(Context& c, const Instruction& i) {
   const x86::CpuState& s = c.cpu.state;
   namespace xf = x86::xfeature;
@@ -299,7 +322,10 @@ bool make_native(const Decoded& d, Instruction& out, std::span<u8> code) {
 
 Handler select_native(const Decoded& d, Instruction& out, std::span<u8> code) {
   if (!runs_natively(d) || !make_native(d, out, code)) return nullptr;
-  if (out.has_memory) out.alignment = required_alignment(d, out.unit, out.memory_bytes);
+  if (out.has_memory) {
+    out.alignment = required_alignment(d, out.unit, out.memory_bytes);
+    out.mxcsr_may_misalign = mxcsr_may_misalign(d, out.unit);
+  }
   if (out.unit == Unit::integer) return out.has_memory ? integer_memory : integer_register;
   if (out.unit == Unit::mmx) out.waits_for_x87 = true;
   if (out.unit == Unit::x87) {

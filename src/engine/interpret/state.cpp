@@ -84,7 +84,7 @@ Result load_mxcsr(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
   u64 value;
   ANYKVM_TRY(read_memory(c, i, 4, value));
-  if (value >> 16) return c.cpu.gp();
+  if (value & ~u64(x86::xsave_layout().mxcsr_mask)) return c.cpu.gp();
   c.cpu.state.fpu.mxcsr = u32(value);
   return Result::ok;
 }
