@@ -56,10 +56,9 @@ Result deliver_long(Cpu& cpu, const Delivery& event) {
   ANYKVM_TRY(cpu.read_as(s.idtr.base + offset, halves, sizeof halves, cpu.system_privilege));
   const Descriptor gate = {.low = halves[0], .high = halves[1], .segment = parse_segment(halves[0], 0)};
   const u8 type = gate.segment.type;
-  if (gate.segment.s || (type != system_type::interrupt_gate && type != system_type::trap_gate) ||
-      gate.high >> 40 & 0x1f) {
+  // The upper half has no type that would count: unlike the GDT, the IDT cannot be entered in the middle of a gate.
+  if (gate.segment.s || (type != system_type::interrupt_gate && type != system_type::trap_gate))
     return cpu.raise(exception::gp, idt_error);
-  }
   if (event.software && gate.segment.dpl < s.cpl) return cpu.raise(exception::gp, idt_error);
   if (!gate.segment.present) return cpu.raise(exception::np, idt_error);
 

@@ -111,6 +111,13 @@ TEST_F(Exceptions, BadGatesRaiseErrorsThatNameThem) {
   EXPECT_EQ(cpu.fault.error, 0x20u * 8 + 2);
 }
 
+TEST_F(Exceptions, AGatesUpperHalfIsItsOffsetAndNothingElse) {
+  gate(0x20, handler);
+  machine.put<u64>(idt + 0x20 * 16 + 8, ~0ull << 32);
+  ASSERT_EQ(cpu.software_interrupt(0x20, 0x5002), Result::ok);
+  EXPECT_EQ(s.rip, handler);
+}
+
 TEST_F(Exceptions, AnErrorDuringAnExternalEventHasExtSet) {
   gate(exception::gp, handler);
   ASSERT_EQ(cpu.deliver_interrupt(0x44), Result::ok) << "no gate: #GP is delivered in its place";
@@ -239,6 +246,13 @@ TEST_F(Iret, Errors) {
   frame(0x5100, kernel_cs, 2, 0x6000, 0);
   s.other_flags |= flag::nt;
   expect_fault(exception::gp, 0);
+}
+
+TEST_F(Iret, LetsNmisInEvenIfItFaults) {
+  s.event.nmi_masked = true;
+  frame(0x5100, 0, 2, 0x6000, 0);
+  expect_fault(exception::gp, 0);
+  EXPECT_FALSE(s.event.nmi_masked);
 }
 
 TEST_F(Iret, UserCannotRaiseIoplOrIf) {
