@@ -31,6 +31,8 @@ Result write_cr0(Cpu& cpu, u64 value) {
     if (value & cr0::pg) {
       long_mode = s.msr.efer & efer::lme;
       if (long_mode && (!(s.cr4 & cr4::pae) || s.segment[cs].l)) return cpu.gp();
+      // Intel's want no 16-bit task in long mode; AMD's begin with one in TR and do not look (volume 3, 9.8.5).
+      if (long_mode && cpu.cpuid.vendor() == Vendor::intel && !(s.tr.type & 8)) return cpu.gp();
     } else {
       if (s.code_bits == 64 || s.cr4 & cr4::pcide) return cpu.gp();
       long_mode = false;

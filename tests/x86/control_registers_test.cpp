@@ -42,6 +42,22 @@ TEST_F(ControlRegisters, RefusedValues) {
   EXPECT_EQ(cpu.fault.vector, exception::ud);
 }
 
+TEST_F(ControlRegisters, LongModeBeginsWithA16BitTaskOnAmdsAlone) {
+  const u64 paged = s.cr0;
+  s.cr0 &= ~cr0::pg;
+  s.msr.efer &= ~efer::lma;
+  s.segment[cs].l = false;
+  s.tr.type = 3;
+  cpu.update_mode();
+  kvm_cpuid_entry2 vendor = {.function = 0, .ebx = 0x756e6547, .ecx = 0x6c65746e, .edx = 0x49656e69};
+  ASSERT_EQ(cpu.cpuid.set({&vendor, 1}), 0);
+  refused(0, paged);
+  vendor.ebx = 0x68747541, vendor.ecx = 0x444d4163, vendor.edx = 0x69746e65;
+  ASSERT_EQ(cpu.cpuid.set({&vendor, 1}), 0);
+  EXPECT_EQ(cpu.write_cr(0, paged), Result::ok);
+  EXPECT_TRUE(s.long_mode());
+}
+
 TEST_F(ControlRegisters, CpuidReservesBits) {
   // Before KVM_SET_CPUID2: what KVM_GET_SUPPORTED_CPUID does not offer.
   EXPECT_EQ(!(cr4_reserved(cpu) & cr4::la57), supports(Feature::la57));
