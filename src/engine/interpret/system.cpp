@@ -299,7 +299,7 @@ Result invalidate_process_context(Context& c, const Instruction& i) {
   ANYKVM_TRY(c.cpu.read(gva, descriptor, 16));
   const u64 type = read_register(c, i.reg[0], c.cpu.state.code_bits == 64 ? 8 : 4);
   const u64 pcid = descriptor[0];
-  if (type > 3 || (type < 2 && pcid >> 12)) return c.cpu.gp();
+  if (type > 3 || pcid >> 12) return c.cpu.gp();
   if (type < 2 && pcid && !(c.cpu.state.cr4 & cr4::pcide)) return c.cpu.gp();
   switch (type) {
     case 0:
