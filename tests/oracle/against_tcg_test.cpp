@@ -68,6 +68,7 @@ TEST(AgainstTcg, LongModeTransfers) { compare<LongGuest>(2, Subject::transfers);
 TEST(AgainstTcg, LongModeRegisters) { compare<LongGuest>(2, Subject::registers); }
 TEST(AgainstTcg, LongModePaging) { compare<LongGuest>(2, Subject::paging); }
 TEST(AgainstTcg, LongModeDebugging) { compare<LongGuest>(2, Subject::debugging); }
+TEST(AgainstTcg, LongModeNmis) { compare<LongGuest>(2, Subject::nmis); }
 TEST(AgainstTcg, LongModeExceptions) { compare<LongGuest>(2, Subject::exceptions); }
 
 }  // namespace

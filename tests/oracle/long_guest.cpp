@@ -97,6 +97,10 @@ class Generator {
         if (below(2)) window_tables();
         for (unsigned n = 2 + below(4); n-- > 0;) debugged(code);
         break;
+      case Subject::nmis:
+        nmi_handlers();
+        for (unsigned n = 2 + below(4); n-- > 0;) around_nmis(code);
+        break;
       default:
         broken_delivery();
         for (unsigned n = 1 + below(2); n-- > 0;) faulting(code);
@@ -200,6 +204,7 @@ class Generator {
     constexpr u64 all = entry_p | entry_w | entry_u;
     set(LONG_PML4 + 8, LONG_WINDOW_PDPT | all);
     set(LONG_WINDOW_PDPT, LONG_WINDOW_PD | all);
+    set(LONG_WINDOW_PDPT + 24, 3ull << 30 | entry_p | entry_w | entry_a | entry_d | entry_ps);  // the local APIC's
     set(LONG_WINDOW_PD, LONG_WINDOW_PT | all);
     set(LONG_WINDOW_PD + 8, LONG_WINDOW_PT2 | all);
     for (u64 i = 0; i < 8; ++i) set(LONG_WINDOW_PT + 8 * i, (LONG_FRAMES + (i & 3) * 0x1000) | all);
@@ -256,7 +261,7 @@ class Generator {
                                      {code16_r3, data16_r3, 16, LONG_USER_CODE - 0x10000, LONG_USER_STACK - 0x10000},
                                      {code64_r1, data_r1, 64, LONG_SUPER_CODE, LONG_SUPER_DATA + 0x800},
                                      {code32_r0, data_r0, 32, LONG_SUPER_CODE, LONG_SUPER_DATA + 0x800}};
-    const unsigned which = below(10);
+    const unsigned which = subject_ == Subject::nmis ? below(2) * 2 : below(10);
     const bool crashes = which == 4 && subject_ == Subject::debugging;  // QEMU, by breakpoints in such code
     const Mode& mode = modes[crashes || which > 7 ? 2 : which == 7 ? 0 : which];
     bits_ = mode.bits;
@@ -336,6 +341,7 @@ class Generator {
   void test_gates() {
     for (u32 vector = 0x50; vector < 0x54; ++vector) {
       patch(LONG_IDT + 16 * vector, random_gate());
+      if (below(8) == 0) patch(LONG_IDT + 16 * vector + 8, random_() << 32);  // reserved bits
     }
     if (below(8) == 0) patch(LONG_TSS + 4 + 8 * below(2), below(2) ? strange_address() : LONG_RSP0 + below(16));
   }
@@ -763,6 +769,74 @@ class Generator {
       case 7: code.bytes({0xcd, any_of({0x50u, 0x0du, 0x03u, 0x20u, 0x60u, 0xffu})}); break;
       case 8: code.bytes({0xcc}); break;
       default: code.load(0, LONG_USER_STACK + 64 - base_).prefix_for_rax().bytes({0x89, 0x00}); break;
+    }
+  }
+
+  // What happens is traced in R8. R9 is the APIC's command register, R10 the command, R11 how many NMIs handlers send.
+  static constexpr u32 nmi_handler = 0x80, interrupt_handler = 0xc0, gp_handler = 0xe0;
+  void trace(Emitter& code, unsigned digit) { code.bytes({0x49, 0xc1, 0xe0, 4, 0x49, 0x83, 0xc8, digit}); }
+  /// TCG looks for an NMI behind a jump.
+  void send_nmi(Emitter& code) { code.bytes({0x45, 0x89, 0x11, 0xeb, 0x00}); }
+  void send_nmi_from_handler(Emitter& code) {
+    code.bytes({0x49, 0x83, 0xeb, 1, 0x78, 5});  // sub r11, 1; js
+    send_nmi(code);
+  }
+  /// To the next instruction.
+  void return_to_here(Emitter& code, u8 stack_selector, u8 code_selector) {
+    code.bytes({0x48, 0x89, 0xe0, 0x6a, stack_selector, 0x50, 0x9c, 0x6a, code_selector});
+    code.bytes({0x48, 0x8d, 0x0d, 3, 0, 0, 0, 0x51, 0x48, 0xcf});
+  }
+  /// PUSHFQ, POPFQ with NT, IRETQ: #GP(0), behind which its handler goes on.
+  void faulting_return(Emitter& code) { code.bytes({0x9c, 0x81, 0x0c, 0x24, 0x00, 0x40, 0, 0, 0x9d, 0x48, 0xcf}); }
+
+  void nmi_handlers() {
+    const auto handler = [&](u8 vector, u32 offset, unsigned bytes, u8 access, u8 ist = 0) {
+      patch(LONG_IDT + 16 * vector, gate(code64_r0, LONG_SUPER_CODE + offset, access, ist));
+      return Emitter({&memory_[at_ + LONG_TEST_CODE + offset], bytes}, 64);
+    };
+    // An IRET inside lets the next NMI in, which would have the same IST's stack.
+    const bool nests = below(3) == 0, faults = below(3) == 0;
+    const u8 ist = nests || faults || below(2) ? 0 : 3;
+    Emitter nmi = handler(2, nmi_handler, interrupt_handler - nmi_handler, below(4) ? 0x8e : 0x8f, ist);
+    trace(nmi, 0xa);
+    if (below(2)) send_nmi_from_handler(nmi);
+    if (nests) nmi.bytes({0xcd, 0x50});
+    if (faults) faulting_return(nmi);
+    trace(nmi, 0xb);
+    if (below(8)) nmi.bytes({0x48, 0xcf});  // else it is where the test ends
+    Emitter interrupt = handler(0x50, interrupt_handler, gp_handler - interrupt_handler, 0xee);
+    trace(interrupt, 0xc);
+    if (below(2)) send_nmi_from_handler(interrupt);
+    interrupt.bytes({0x48, 0xcf});
+    Emitter gp = handler(13, gp_handler, 0x20, 0x8e);
+    trace(gp, 0xd);
+    gp.bytes({0x48, 0x83, 0xc4, 8});                             // add rsp, 8
+    gp.bytes({0x48, 0x83, 0x04, 0x24, 2});                       // add qword [rsp], 2
+    gp.bytes({0x81, 0x64, 0x24, 0x10, 0xff, 0xbf, 0xff, 0xff});  // and dword [rsp + 16], ~NT
+    gp.bytes({0x48, 0xcf});
+
+    const u64 registers[] = {0, LONG_APIC_ICR, 0x44400 /* NMI to itself */, below(4)};
+    for (unsigned i = 0; i < std::size(registers); ++i) set(at_ + LONG_TEST_GPR + 8 * (8 + i), registers[i]);
+  }
+  void around_nmis(Emitter& code) {
+    if (code.is_full(20)) return;
+    switch (below(8)) {
+      case 0:
+      case 1:
+      case 2:
+        if (cpl_ == 0) {
+          send_nmi(code);
+          break;
+        }
+        [[fallthrough]];
+      case 3: code.bytes({0xcd, 0x50}); break;
+      case 4: return_to_here(code, cpl_ ? data_r3 : data_r0, cpl_ ? code64_r3 : code64_r0); break;
+      case 5: faulting_return(code); break;
+      case 6:  // the shadow holds an NMI back that the next instruction sends
+        code.bytes({0xb8}).value_of(cpl_ ? data_r3 : data_r0, 4).bytes({0x8e, 0xd0});
+        if (cpl_ == 0) send_nmi(code);
+        break;
+      default: trace(code, below(8)); break;
     }
   }
 

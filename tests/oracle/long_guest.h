@@ -1,5 +1,5 @@
 // Random tests of 64-bit and compatibility mode for the monitor of long_monitor.h: transfers of control, system
-// registers and instructions, paging, breakpoints, faults of delivery.
+// registers and instructions, paging, breakpoints, faults of delivery, NMIs.
 #pragma once
 
 #include "oracle/guest.h"
@@ -7,7 +7,7 @@
 namespace anykvm::oracle {
 
 /// What a guest's tests are mostly about.
-enum class Subject : u8 { transfers, registers, paging, debugging, exceptions };
+enum class Subject : u8 { transfers, registers, paging, debugging, exceptions, nmis };
 
 class LongGuest final : public Guest {
  public:

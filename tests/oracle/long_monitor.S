@@ -63,11 +63,16 @@ next_test:
     lldt %ax
     movl $0x38, %eax
     ltr %ax
-    // Another task's segments must not shine through.
+    // Another task's segments must not shine through, nor an NMI that the test before has left waiting: IRET lets it in.
+    incl AT(drains)
+    movq %rsp, %rax
+    pushq $0x10
+    pushq %rax
+    pushq $2
     pushq $0x08
     pushq $AT(1f)
-    lretq
-1:
+    iretq
+1:  decl AT(drains)
     movl AT(current), %ebx
     cmpl LONG_COUNT, %ebx
     jae finished
@@ -174,6 +179,8 @@ write_msrs:
 
 // The vector lies on top of the frame.
 ended:
+    cmpl $0, AT(drains)
+    jne drained
     pushq %r15
     pushq %r14
     pushq %r13
@@ -277,8 +284,14 @@ ended:
 4:  incl AT(current)
     jmp next_test
 
+drained:
+    addq $8, %rsp
+    iretq
+
     .balign 8
 current:
+    .quad 0
+drains:
     .quad 0
 gdt_pointer:
     .word LONG_GDT_LIMIT

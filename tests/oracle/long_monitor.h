@@ -45,6 +45,7 @@
 #define LONG_LOG 0x400000
 #define LONG_LOG_SIZE 0x600
 #define LONG_EXIT_PORT 0xf4
+#define LONG_APIC_ICR 0x80fee00300  // of the local APIC, in the window
 
 // A test: offsets.
 #define LONG_TEST_GPR 0x00       // 16, by number

@@ -1,17 +1,21 @@
 #include "oracle/machines.h"
 
+#include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <mutex>
 #include <thread>
 
 #include "engine/engine.h"
+#include "oracle/long_monitor.h"
 #include "oracle/monitor.h"
 #include "x86/fake_machine.h"
 
@@ -19,12 +23,66 @@ namespace anykvm::oracle {
 
 bool qemu_is_there() { return std::system("command -v qemu-system-x86_64 >/dev/null 2>&1") == 0; }
 
+namespace {
+
+using namespace x86;
+
+/// A FakeMachine that tells its CPU's engine to return where an NMI may come in.
+class MachineWithNmis final : public FakeMachine {
+ public:
+  explicit MachineWithNmis(u64 ram_bytes) : FakeMachine(ram_bytes) {}
+  void interrupt_window_changed() override { cpu->attention = 1; }
+  Cpu* cpu = nullptr;
+};
+
+/// Stops a guest that loops: one takes far less than a second of the CPU's time.
+class Watchdog {
+ public:
+  explicit Watchdog(Cpu& cpu) : thread_([&cpu, this](std::stop_token stop) { watch(cpu, stop); }) {}
+  bool has_barked() const { return barked_; }
+
+ private:
+  void watch(Cpu& cpu, std::stop_token stop) {
+    std::mutex mutex;
+    std::unique_lock lock(mutex);
+    std::condition_variable_any ended;
+    timespec used{};
+    do {
+      if (ended.wait_for(lock, stop, std::chrono::seconds(1), [&] { return stop.stop_requested(); })) return;
+    } while (!clock_gettime(clock_, &used) && used.tv_sec - start_.tv_sec < 10);
+    barked_ = true;
+    cpu.attention = 1;
+  }
+  static clockid_t clock_of_this_thread() {
+    clockid_t clock{};
+    pthread_getcpuclockid(pthread_self(), &clock);
+    return clock;
+  }
+  static timespec now(clockid_t clock) {
+    timespec time{};
+    clock_gettime(clock, &time);
+    return time;
+  }
+
+  clockid_t clock_ = clock_of_this_thread();
+  timespec start_ = now(clock_);
+  std::atomic<bool> barked_ = false;
+  std::jthread thread_;
+};
+
+/// A store to the local APIC's command register that sends the CPU an NMI.
+bool sends_nmi(const MmioPort::Fragment& store) {
+  return store.gpa == (LONG_APIC_ICR & 0xffffffff) && (store.data[1] & 7) == 4;
+}
+
+}  // namespace
+
 Memory run_in_engine(const Guest& guest, End& end, std::string& why) {
-  using namespace x86;
-  FakeMachine machine(guest_ram);
+  MachineWithNmis machine(guest_ram);
   std::memcpy(machine.base, guest.image.data(), guest.image.size());
   machine.ports[0x80] = 0;
   Cpu cpu(machine);
+  machine.cpu = &cpu;
   cpu.cpuid.set(guest.cpuid);
   cpu.reset();
   u8 pio[page_size];
@@ -38,18 +96,27 @@ Memory run_in_engine(const Guest& guest, End& end, std::string& why) {
   const auto engine = engine::make(kind);
   // A 16-bit task's stack may lie in QEMU's firmware, which is filled with HLT.
   static constexpr u8 firmware[8] = {0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4};
-  // A guest takes far less than a second. One that loops is stopped.
-  std::jthread watchdog([&cpu](std::stop_token stop) {
-    std::mutex mutex;
-    std::unique_lock lock(mutex);
-    if (!std::condition_variable_any().wait_for(lock, stop, std::chrono::seconds(10), [] { return false; }) &&
-        !stop.stop_requested())
-      cpu.attention = 1;
-  });
-  for (engine->run(cpu); cpu.exit.kind == ExitKind::mmio_read || cpu.exit.kind == ExitKind::mmio_write;
-       engine->run(cpu)) {
-    if (cpu.exit.kind == ExitKind::mmio_read) cpu.mmio.reply(firmware);
-    while (cpu.mmio.has_writes()) cpu.mmio.pop_write();
+  const Watchdog watchdog(cpu);
+  bool nmi_waits = false, goes_on = true;
+  while (goes_on) {
+    EventState& event = cpu.state.event;
+    if (nmi_waits && !event.nmi_masked && !event.shadow) {
+      nmi_waits = false;
+      if (cpu.deliver_nmi() == Result::exit) break;
+    }
+    cpu.window_wanted = nmi_waits;
+    cpu.window_wanted&& event.shadow ? engine->step(cpu) : engine->run(cpu);
+    for (; cpu.mmio.has_writes(); cpu.mmio.pop_write()) nmi_waits |= sends_nmi(cpu.mmio.next_write());
+    switch (cpu.exit.kind) {
+      case ExitKind::none:
+      case ExitKind::mmio_write: break;
+      case ExitKind::mmio_read: cpu.mmio.reply(firmware); break;
+      case ExitKind::attention:
+        cpu.attention = 0;
+        goes_on = !watchdog.has_barked();
+        break;
+      default: goes_on = false; break;
+    }
   }
   const bool ended = cpu.exit.kind == ExitKind::pio && cpu.exit.port == MONITOR_EXIT_PORT;
   end = ended ? End::guests : cpu.exit.kind == ExitKind::shutdown ? End::shutdown : End::none;
@@ -71,7 +138,7 @@ Memory run_qemu_once(const Guest& guest, End& end) {
   std::memcpy(&bios[0xfff0], jump, sizeof jump);
   std::ofstream(base + "/bios", std::ios::binary).write(reinterpret_cast<const char*>(bios.data()), s64(bios.size()));
   const std::string command =
-      "timeout 20 qemu-system-x86_64 -accel tcg -cpu " + guest.qemu_cpu +
+      "ulimit -t 20; timeout 120 qemu-system-x86_64 -accel tcg -cpu " + guest.qemu_cpu +
       " -nodefaults -no-user-config -display none -no-reboot -m 8M "
       "-machine pc,memory-backend=ram -object memory-backend-file,id=ram,size=8M,share=on,mem-path=" +
       base + "/ram -bios " + base + "/bios -device isa-debug-exit,iobase=0xf4,iosize=1 </dev/null >" + base +

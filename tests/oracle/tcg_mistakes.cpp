@@ -257,6 +257,17 @@ Mistake mistakes[] = {
      [](const Case& c, const Difference& d) {
        return !((d.mine ^ d.other) & ~0xf0000ull) && c.guest.describe(c.test).find("lar ") != std::string::npos;
      }},
+    {"looks for an NMI at its translated block's end, behind the jump that follows the store which sends it",
+     [](const Case& c, const Difference& d) {
+       return (is(d, "frame") || std::strstr(d.field, "stack")) && d.other == d.mine + 2 &&
+              begins_with(c.guest.code_at(c.test, c.mine.cs, d.mine), 0xeb, 0x00);
+     }},
+    {"leaves NMIs blocked behind an IRET that faults; every IRET unblocks them (volume 3, 6.7.1 and 27.2.3)",
+     [](const Case& c, const Difference& d) {
+       const bool faults = has(c, 0x9d, 0x48);  // POPFQ sets NT, IRETQ follows
+       return faults && c.mine.rip == c.other.rip &&
+              (is(d, "r8-r15") || is(d, "frame") || std::strstr(d.field, "stack"));
+     }},
     {"interrupts virtual-8086 code into a handler of CPL 1 or 2; #GP (volume 3, 21.3.1)",
      [](const Case& c, const Difference&) {
        return c.mine.vector == 13 && c.mine.flags & flag_vm && c.other.vector == 3 && c.mine.error &&
