@@ -188,6 +188,104 @@ TEST_F(Debug, GeneralDetect) {
   EXPECT_FALSE(s.dr7 & dr7_gd);
 }
 
+TEST_F(Debug, GeneralDetectGuardsEveryMove) {
+  for (unsigned index = 0; index < 8; ++index)
+    for (u8 direction : {0x21, 0x23}) {
+      code({0x0f, direction, u8(0xc0 | index << 3)});
+      s.rip = start, s.gpr[rsp] = 0x7000;
+      s.dr6 = dr6_fixed, s.dr7 = dr7_fixed | dr7_gd;
+      s.gpr[rax] = ~0ull;  // reserved bits come later
+      step();
+      expect_trap(start, dr6_bd);
+    }
+}
+
+TEST_F(Debug, GeneralDetectComesBehindPrivilegeAndReservedRegisters) {
+  gate(exception::gp, 0x6400);
+  s.dr7 |= dr7_gd;
+  s.cr4 |= cr4::de;
+  code({0x0f, 0x21, 0xe0});  // mov rax, dr4
+  step();
+  EXPECT_EQ(s.rip, ud_handler);
+  code({0x0f, 0x21, 0xc0});  // mov rax, dr0
+  enter(3);
+  for (unsigned level = 1; level <= 4; ++level)
+    machine.put<u64>(entry(start, level), entry_value(start, level) | pte::u);
+  cpu.mmu.flush_all();
+  s.rip = start;
+  step();
+  EXPECT_EQ(s.rip, 0x6400u);
+  EXPECT_TRUE(s.dr7 & dr7_gd);
+}
+
+TEST_F(Debug, AnInstructionsBreakpointComesBeforeGeneralDetect) {
+  code({0x0f, 0x21, 0xc0});  // mov rax, dr0
+  breakpoint(0, start, 0, 0);
+  s.dr7 |= dr7_gd;
+  step();
+  expect_trap(start, 1);
+  EXPECT_FALSE(s.dr7 & dr7_gd) << "every #DB's handler may use the registers";
+}
+
+TEST_F(Debug, AFaultHasNoStep) {
+  code({0x0f, 0x0b});  // ud2
+  set_tf();
+  step();
+  EXPECT_EQ(s.rip, ud_handler);
+  EXPECT_TRUE(pushed_flags() & flag::tf);
+  EXPECT_EQ(s.dr6, dr6_fixed);
+}
+
+TEST_F(Debug, AStepAndADataBreakpointAreOneTrap) {
+  code({0x89, 0x04, 0x25, 0x00, 0x78, 0, 0, 0x90});  // mov [0x7800], eax; nop
+  breakpoint(3, 0x7800, 1, 3);
+  breakpoint(0, start + 7, 0, 0);
+  set_tf();
+  step();
+  expect_trap(start + 7, dr6_bs | 8);
+  EXPECT_FALSE(pushed_flags() & flag::rf);
+  // Back behind the trap, the next instruction's own breakpoint is met.
+  code({0x48, 0xcf}, handler);  // iretq
+  s.dr6 = dr6_fixed;
+  step();
+  EXPECT_EQ(s.rip, start + 7);
+  step();
+  expect_trap(start + 7, 1);
+}
+
+TEST_F(Debug, ShadowsOfMovSsAndSti) {
+  code({0xfb, 0x90});  // sti; nop
+  set_tf();
+  step();
+  expect_trap(start + 1, dr6_bs);
+
+  code({0x8e, 0xd0, 0x90, 0x90});  // mov ss, eax; nop; nop
+  s.gpr[rax] = kernel_ss;
+  s.other_flags &= ~flag::tf;
+  s.rip = start;
+  breakpoint(0, start + 2, 0, 0);
+  breakpoint(1, start + 3, 0, 0);
+  step();
+  EXPECT_EQ(s.rip, start + 2);
+  step();
+  EXPECT_EQ(s.rip, start + 3) << "the breakpoint behind MOV SS is held back";
+  s.dr6 = dr6_fixed;
+  step();
+  expect_trap(start + 3, 2);
+}
+
+TEST_F(Debug, IcebpTakesTheStepWithItAndLeavesDr7) {
+  code({0xf1});
+  set_tf();
+  s.dr6 = dr6_fixed | dr6_bt;
+  s.dr7 |= dr7_gd;
+  step();
+  expect_trap(start + 1, dr6_bt);
+  EXPECT_TRUE(pushed_flags() & flag::tf);
+  EXPECT_FALSE(pushed_flags() & flag::rf);
+  EXPECT_TRUE(s.dr7 & dr7_gd);
+}
+
 TEST_F(Debug, IcebpLeavesDr6AndIgnoresTheGatesDpl) {
   code({0xf1});
   enter(3);
