@@ -31,9 +31,21 @@ inline bool has_error_code(u64 vector) {
   return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21;
 }
 
+/// Where the parts of a guest's tests and log entries lie.
+struct Layout {
+  u32 tests, test_size;
+  u32 code, code_size;  ///< offsets in a test, from here on
+  u32 counts[2];        ///< of its patches, of its MSRs: what a test without effects has none of
+  u32 vector, frame;    ///< offsets in a log entry: the event, and its frame from the error code on
+  unsigned word;        ///< bytes of their words
+};
+
 class Guest {
  public:
+  explicit Guest(const Layout& layout) : layout(layout) {}
   virtual ~Guest() = default;
+
+  const Layout layout;
 
   Memory image;
   std::string qemu_cpu = "max";         ///< QEMU's -cpu
@@ -43,13 +55,14 @@ class Guest {
   std::span<const Field> fields;
 
   /// What the comparison needs of a log entry. Its stack frame is only good where the handler's stack was.
-  virtual Ending ending(const Memory& memory, unsigned test) const = 0;
-  /// The bytes of the test's code at an address of the test, else empty.
-  virtual std::span<const u8> code_at(unsigned test, u64 cs, u64 rip) const = 0;
+  Ending ending(const Memory& memory, unsigned test) const;
+  /// All of the test's code, and what of it begins at an address, if any.
+  std::span<const u8> code(unsigned test) const;
+  std::span<const u8> code_at(unsigned test, u64 cs, u64 rip) const;
   /// Makes the test do nothing.
-  virtual void skip(unsigned test) = 0;
-  /// All of the test's code.
-  virtual std::span<const u8> code(unsigned test) const = 0;
+  void skip(unsigned test);
+  /// How far into a test's code an address is; beyond the code's size where it is elsewhere.
+  virtual u64 offset_in_code(u64 cs, u64 rip) const = 0;
   /// The descriptor of a selector when the test ended; 0: there is none, or this guest's log does not show it.
   virtual u64 descriptor(const Memory&, unsigned, u64) const { return 0; }
   /// The test's input, for people.

@@ -2,8 +2,8 @@
 
 #include <cstdio>
 #include <cstring>
-#include <random>
 
+#include "oracle/generator.h"
 #include "oracle/monitor.h"
 
 extern "C" const anykvm::u8 monitor_boot[], monitor_boot_end[], monitor_code[], monitor_code_end[], monitor_stubs[];
@@ -37,28 +37,20 @@ constexpr u32 landing = MONITOR_TEST_CODE + 0x80, landing_a = MONITOR_TEST_CODE 
               landing_b = MONITOR_TEST_CODE + 0xb0, pointer = MONITOR_TEST_CODE + 0xc0;
 constexpr unsigned gdt_slots = MONITOR_GDT_SIZE / 8, first_free_slot = 7;
 
-u64 segment(u32 base, u32 limit, u8 access, u8 flags) {
-  return (limit & 0xffff) | u64(base & 0xffffff) << 16 | u64(access) << 40 | u64(limit >> 16 & 15) << 48 |
-         u64(flags) << 52 | u64(base >> 24) << 56;
-}
-u64 gate(u16 selector, u32 offset, u8 access, u8 parameters = 0) {
-  return (offset & 0xffff) | u64(selector) << 16 | u64(parameters) << 32 | u64(access) << 40 | u64(offset >> 16) << 48;
-}
-
-class Generator {
+class LegacyGenerator : public Generator {
  public:
-  explicit Generator(u64 seed) : random_(seed), image_(guest_ram) {
-    std::memset(&image_[0], 0xcc, MONITOR_BOOT);
-    std::memcpy(&image_[MONITOR_BOOT], monitor_boot, monitor_boot_end - monitor_boot);
-    std::memcpy(&image_[MONITOR_CODE], monitor_code, monitor_code_end - monitor_code);
+  explicit LegacyGenerator(u64 seed) : Generator(seed) {
+    std::memset(&memory_[0], 0xcc, MONITOR_BOOT);
+    std::memcpy(&memory_[MONITOR_BOOT], monitor_boot, monitor_boot_end - monitor_boot);
+    std::memcpy(&memory_[MONITOR_CODE], monitor_code, monitor_code_end - monitor_code);
     tables();
-    std::memcpy(&image_[MONITOR_PRISTINE], &image_[MONITOR_TABLES], MONITOR_TABLES_SIZE);
+    std::memcpy(&memory_[MONITOR_PRISTINE], &memory_[MONITOR_TABLES], MONITOR_TABLES_SIZE);
   }
 
   void begin(unsigned index) {
     at_ = MONITOR_TESTS + index * MONITOR_TEST_SIZE;
     put<u32>(MONITOR_COUNT, index + 1);
-    std::memset(&image_[at_ + TEST_CODE], 0xcc, TEST_CODE_SIZE);
+    std::memset(&memory_[at_ + TEST_CODE], 0xcc, TEST_CODE_SIZE);
     code_ = at_ + TEST_CODE;
     patches_ = 0;
     steps_ = false;
@@ -127,15 +119,7 @@ class Generator {
     put<u32>(at_ + TEST_PATCHES, patches_);
   }
 
-  std::vector<u8> take() { return std::move(image_); }
-
  private:
-  template <class T>
-  void put(u32 address, T value) {
-    std::memcpy(&image_[address], &value, sizeof value);
-  }
-  u32 below(u32 n) { return u32(random_() % n); }
-
   void tables() {
     const u64 gdt[gdt_slots] = {
         0,
@@ -192,7 +176,7 @@ class Generator {
     put<u16>(MONITOR_TSS_B + 0x10, 2);
     for (unsigned i = 0; i < 8; ++i) put<u16>(MONITOR_TSS_B + 0x12 + 2 * i, i == 4 ? 0xad00 : u16(0x1111 * i));
     for (unsigned i = 0; i < 4; ++i) put<u16>(MONITOR_TSS_B + 0x22 + 2 * i, i == 1 ? code_r0 : data_r0);
-    std::memset(&image_[0x9000], 0xcc, MONITOR_TEST_CODE + 0x1000 - 0x9000);
+    std::memset(&memory_[0x9000], 0xcc, MONITOR_TEST_CODE + 0x1000 - 0x9000);
     paging_tables();
   }
 
@@ -203,7 +187,7 @@ class Generator {
     for (u32 i = 0; i < 4; ++i) put<u64>(PAGING_PAE_PDPT + 8 * i, i ? 0 : PAGING_PAE_PD | 1);
     for (u32 i = 0; i < 2; ++i) put<u64>(PAGING_PAE_PD + 8 * i, (PAGING_PAE_PT + 0x1000 * i) | 7);
     for (u32 page = 0; page < 1024; ++page) put<u64>(PAGING_PAE_PT + 8 * page, page << 12 | 0x63 | user(page));
-    std::memset(&image_[PAGING_FRAMES], 0xcc, 0x4000);
+    std::memset(&memory_[PAGING_FRAMES], 0xcc, 0x4000);
   }
 
   void task32(u32 tss, u32 eip, u32 esp) {
@@ -240,7 +224,7 @@ class Generator {
       if (slot == needed / 8u) return;  // tests start in them; TCG checks no limits and types of accesses
     const u32 address = MONITOR_GDT + 8 * slot + 4;
     u32 high;
-    std::memcpy(&high, &image_[address], 4);
+    std::memcpy(&high, &memory_[address], 4);
     const u32 before = high;
     high ^= 1u << (8 + below(8));
     // (Of a gate they are the target's offset, which would lead into the log.)
@@ -470,14 +454,11 @@ class Generator {
   }
   u32 at_frame(unsigned offset) {
     u32 value;
-    std::memcpy(&value, &image_[at_ + TEST_FRAME + offset], 4);
+    std::memcpy(&value, &memory_[at_ + TEST_FRAME + offset], 4);
     return value;
   }
 
-  std::mt19937_64 random_;
-  std::vector<u8> image_;
-  u32 at_ = 0, code_ = 0;
-  unsigned patches_ = 0;
+  u32 code_ = 0;
   bool v86_ = false, code16_ = false, steps_ = false;
 };
 
@@ -516,8 +497,16 @@ constexpr Field log_fields[] = {
 
 }  // namespace
 
-LegacyGuest::LegacyGuest(u64 seed, unsigned count, LegacySubject subject) {
-  Generator generator(seed);
+LegacyGuest::LegacyGuest(u64 seed, unsigned count, LegacySubject subject)
+    : Guest({.tests = MONITOR_TESTS,
+             .test_size = MONITOR_TEST_SIZE,
+             .code = TEST_CODE,
+             .code_size = TEST_CODE_SIZE,
+             .counts = {TEST_PATCHES, TEST_PATCHES},
+             .vector = 80,
+             .frame = 84,
+             .word = 4}) {
+  LegacyGenerator generator(seed);
   for (unsigned i = 0; i < count; ++i)
     subject == LegacySubject::paging ? generator.add_paging_test(i) : generator.add_test(i);
   image = generator.take();
@@ -530,32 +519,8 @@ LegacyGuest::LegacyGuest(u64 seed, unsigned count, LegacySubject subject) {
   fields = log_fields;
 }
 
-Ending LegacyGuest::ending(const Memory& memory, unsigned test) const {
-  const u64 at = log + u64(test) * log_size;
-  Ending ending{.vector = get<u32>(memory, at + 80)};
-  ending.has_error = has_error_code(ending.vector);
-  const u64 frame = at + 84 + (ending.has_error ? 4 : 0);
-  ending.error = ending.has_error ? get<u32>(memory, at + 84) : 0;
-  ending.rip = get<u32>(memory, frame), ending.cs = get<u32>(memory, frame + 4),
-  ending.flags = get<u32>(memory, frame + 8);
-  ending.rsp = get<u32>(memory, frame + 12), ending.ss = get<u32>(memory, frame + 16);
-  return ending;
-}
-
-std::span<const u8> LegacyGuest::code_at(unsigned test, u64, u64 rip) const {
-  if (rip >= MONITOR_TEST_CODE) rip -= MONITOR_TEST_CODE;  // flat, where virtual-8086 code starts at 0
-  if (rip >= TEST_CODE_SIZE) return {};
-  return std::span(image).subspan(MONITOR_TESTS + test * MONITOR_TEST_SIZE + TEST_CODE + rip, TEST_CODE_SIZE - rip);
-}
-
-void LegacyGuest::skip(unsigned test) {
-  const u32 at = MONITOR_TESTS + test * MONITOR_TEST_SIZE;
-  put<u32>(image, at + TEST_PATCHES, 0);
-  std::memset(&image[at + TEST_CODE], 0xcc, TEST_CODE_SIZE);
-}
-
-std::span<const u8> LegacyGuest::code(unsigned test) const {
-  return std::span(image).subspan(MONITOR_TESTS + test * MONITOR_TEST_SIZE + TEST_CODE, TEST_CODE_SIZE);
+u64 LegacyGuest::offset_in_code(u64, u64 rip) const {
+  return rip >= MONITOR_TEST_CODE ? rip - MONITOR_TEST_CODE : rip;  // flat, where virtual-8086 code starts at 0
 }
 
 std::string LegacyGuest::describe(unsigned test) const {

@@ -11,10 +11,7 @@ enum class LegacySubject : u8 { segments, paging };
 class LegacyGuest final : public Guest {
  public:
   LegacyGuest(u64 seed, unsigned count, LegacySubject subject);
-  Ending ending(const Memory& memory, unsigned test) const override;
-  std::span<const u8> code_at(unsigned test, u64 cs, u64 rip) const override;
-  void skip(unsigned test) override;
-  std::span<const u8> code(unsigned test) const override;
+  u64 offset_in_code(u64 cs, u64 rip) const override;
   std::string describe(unsigned test) const override;
 };
 

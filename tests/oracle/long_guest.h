@@ -13,10 +13,7 @@ class LongGuest final : public Guest {
  public:
   /// The seed's low bits choose 5-level paging and Intel's processor.
   LongGuest(u64 seed, unsigned count, Subject subject);
-  Ending ending(const Memory& memory, unsigned test) const override;
-  std::span<const u8> code_at(unsigned test, u64 cs, u64 rip) const override;
-  void skip(unsigned test) override;
-  std::span<const u8> code(unsigned test) const override;
+  u64 offset_in_code(u64 cs, u64 rip) const override;
   u64 descriptor(const Memory& memory, unsigned test, u64 selector) const override;
   std::string describe(unsigned test) const override;
 };
