@@ -17,6 +17,10 @@ class Engine {
   /// raise. Pending interrupts are the caller's: it sets Cpu::attention to be returned to. State is precise on return.
   virtual void run(x86::Cpu& cpu) = 0;
 
+  /// Before run(), which else assumes the opposite: since it returned last, nobody but the guest's CPUs has written to
+  /// the guest's memory and told the guest so.
+  virtual void keep_code() {}
+
   /// Executes one instruction (one iteration of a REP), whatever attention and immediate_exit say; exit.kind is none
   /// when it is done. The vCPU finishes an instruction with it that waited for the client's I/O before it lets a
   /// signal or an interrupt in, as KVM does.

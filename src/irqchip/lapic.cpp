@@ -123,6 +123,11 @@ void LocalApic::set_irr(u8 vector, bool level_triggered) {
 }
 
 bool LocalApic::accept(const InterruptMessage& message) {
+  told_.store(true, std::memory_order_release);
+  return take(message);
+}
+
+bool LocalApic::take(const InterruptMessage& message) {
   switch (message.mode) {
     case DeliveryMode::fixed:
     case DeliveryMode::lowest_priority:
@@ -157,7 +162,7 @@ bool LocalApic::deliver_lvt(Register lvt) {
     errors_.fetch_or(esr_receive_illegal_vector);  // without an error interrupt, which may be what failed
     return false;
   }
-  return accept({.vector = vector, .mode = mode});
+  return take({.vector = vector, .mode = mode});
 }
 
 void LocalApic::report_error(u32 bit) {

@@ -123,6 +123,9 @@ class LocalApic {
 
   /// An interrupt addressed to this APIC, whatever its destination says; whether it was taken. Any thread.
   bool accept(const InterruptMessage& message);
+  /// Whether a message has come since the last call: unlike this APIC's own timer it may tell of what others have
+  /// written. Call it after acknowledge().
+  bool was_told() { return told_.load(std::memory_order_relaxed) && told_.exchange(false, std::memory_order_acquire); }
 
   /// A corrected machine check was recorded in a bank that signals it.
   void deliver_cmci() {
@@ -204,6 +207,7 @@ class LocalApic {
 
   // Delivery.
   void set_irr(u8 vector, bool level_triggered);
+  bool take(const InterruptMessage& message);
   bool deliver_lvt(Register lvt);
   bool lint0_in_nmi_mode() const { return (get(Register::lvt_lint0) & 0x10700) == 0x400; }
   void send_ipi(u32 icr_low, u32 destination);
@@ -239,7 +243,8 @@ class LocalApic {
 
   /// What pending() looks at first. Bits 0 - 7: that word of the IRR may be other than 0; timer_event.
   std::atomic<u32> events_{0};
-  std::atomic<u32> errors_{0};  ///< ESR bits since its last write
+  std::atomic<bool> told_{true};  ///< set before the message's bit in the IRR
+  std::atomic<u32> errors_{0};    ///< ESR bits since its last write
   u8 ppr_ = 0;
   bool id_moved_ = false;  ///< counted in the bus's moved_ids_
   bool pv_eoi_offered_ = false;

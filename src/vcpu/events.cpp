@@ -39,6 +39,7 @@ void Vcpu::signal_unhalt() {
 /// Takes the INIT and start-up IPIs that have come. Whether one did anything.
 bool Vcpu::accept_init_sipi() {
   const u32 requests = init_sipi_.exchange(0, std::memory_order_acq_rel);
+  told_ |= requests != 0;
   if (requests & init_request) {
     reset_after_init();
     mp_state_ = apic_base() & irqchip::LocalApic::base_bsp ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_INIT_RECEIVED;
@@ -86,6 +87,7 @@ bool Vcpu::has_interrupt() {
 
 /// The acknowledge cycle; -1 when the interrupt has gone.
 int Vcpu::take_interrupt() {
+  told_ |= client_vector_ >= 0 || has_pic_interrupt();
   if (client_vector_ >= 0 && apic_->takes_pic_output()) return std::exchange(client_vector_, -1);
   if (has_pic_interrupt())
     if (const int vector = vm_->chips()->pic_acknowledge(); vector >= 0) return vector;
@@ -121,10 +123,12 @@ bool Vcpu::inject_events() {
     if (!inject_exception()) return false;
   } else if (event.nmi_injected) {
     event.nmi_injected = false;
+    told_ = true;
     stats_.add(vm::VcpuStat::nmi_injections);
     if (cpu_.deliver_nmi() == Result::exit) return false;
   } else if (event.interrupt_injected) {
     event.interrupt_injected = false;
+    told_ = true;
     event.shadow = 0;
     stats_.add(vm::VcpuStat::irq_injections);
     if (cpu_.deliver_interrupt(event.interrupt_vector) == Result::exit) return false;
@@ -134,6 +138,7 @@ bool Vcpu::inject_events() {
   if (event.nmi_pending != 0) {
     if (!event.nmi_masked && event.shadow == 0) {
       --event.nmi_pending;
+      told_ = true;
       stats_.add(vm::VcpuStat::nmi_injections);
       if (cpu_.deliver_nmi() == Result::exit) return false;
     }

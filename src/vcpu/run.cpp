@@ -76,7 +76,7 @@ int Vcpu::run_locked() {
     cr8_ = run_->cr8;
   }
 
-  has_run_ = true;
+  has_run_ = told_ = true;
   update_cpuid_quirk();
   enter_guest_mode();
   int result = complete_exit();
@@ -166,11 +166,14 @@ void Vcpu::enter_guarded() {
   if (!inject_events()) return;  // the delivery itself needs the client, or ended in a triple fault
   if (vapic_) [[unlikely]]
     sync_vapic(true);
-  if (cpu_.window_wanted && cpu_.state.event.shadow)
+  if (apic_) told_ |= apic_->was_told();
+  if (cpu_.window_wanted && cpu_.state.event.shadow) {
     // The shadow lasts one instruction, and what it holds back comes right after.
     engine_->step(cpu_);
-  else
+  } else {
+    if (!std::exchange(told_, false)) engine_->keep_code();
     engine_->run(cpu_);
+  }
   if (vapic_) [[unlikely]]
     sync_vapic(false);
 }

@@ -237,6 +237,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   std::unique_ptr<os::RunDelay> run_delay_;
   std::unique_ptr<irqchip::LocalApic> apic_;  ///< nullptr: interrupts are the client's
   std::unique_ptr<engine::Engine> engine_;
+  bool told_ = true;  ///< the guest may learn next of what others have written to its memory
 
   // Under mutex_.
   Pending pending_ = Pending::none;

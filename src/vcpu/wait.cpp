@@ -96,7 +96,7 @@ int Vcpu::block() {
   stats_.add(vm::VcpuStat::halt_wakeup);
   accept_init_sipi();
   if (mp_state_ == KVM_MP_STATE_HALTED || mp_state_ == KVM_MP_STATE_AP_RESET_HOLD) {
-    unhalted_.store(false, std::memory_order_relaxed);
+    told_ |= unhalted_.exchange(false, std::memory_order_acquire);
     mp_state_ = KVM_MP_STATE_RUNNABLE;
   }
   return go_on;

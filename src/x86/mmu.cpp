@@ -163,6 +163,7 @@ void Mmu::flush_all() {
   std::memset(large_2m_, 0, sizeof large_2m_);
   std::memset(large_1g_, 0, sizeof large_1g_);
   flush_non_global();
+  last_global_flush_ = flush_count_;
 }
 
 int Mmu::pages_flushed_since(u64 since, Gva (&pages)[most_pages_told]) const {

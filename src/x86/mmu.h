@@ -80,12 +80,22 @@ class Mmu {
   static constexpr unsigned most_pages_told = 8;
   int pages_flushed_since(u64 since, Gva (&pages)[most_pages_told]) const;
 
+  /// Whether global pages were among what has been flushed of more than a page.
+  bool global_pages_flushed_since(u64 since) const { return last_global_flush_ > since; }
+  /// Whether the TLB has the page of an address as a global one for that privilege.
+  bool is_global(Gva gva, Privilege privilege) const {
+    const TlbEntry& entry = table_[unsigned(privilege)][slot(gva)];
+    return global_[unsigned(privilege)][slot(gva)] == global_generation_ &&
+           ((entry.read | entry.write | entry.fetch) & page_mask) == (gva & page_mask);
+  }
+
   u64 walks = 0;  ///< page walks since the CPU was made
 
  private:
   void note_flush() { last_wide_flush_ = ++flush_count_; }
 
   u64 flush_count_ = 0;
+  u64 last_global_flush_ = 0;          ///< flush_count_ behind the last flush_all()
   u64 last_wide_flush_ = 0;            ///< flush_count_ at the last one that was of more than a page
   Gva flushed_[most_pages_told] = {};  ///< the pages of the others, by number
   using Table = TlbEntry[entries];

@@ -6,8 +6,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <functional>
+
 #include "engine/engine.h"
 #include "vcpu/test_machine.h"
+#include "x86/cpuid.h"
 
 namespace anykvm {
 namespace {
@@ -149,7 +152,10 @@ class DmaTest : public TestMachine, public testing::WithParamInterface<std::tupl
     return ring_->error() == 0;
   }
 
+  void interrupt_and_see(vcpu::Vcpu& vcpu, const std::function<void()>& signal);
+
   std::unique_ptr<Ring> ring_;
+  bool has_chips_ = false;
   int memory_ = -1, source_ = -1;
   u8* shared_ = nullptr;
 };
@@ -178,22 +184,36 @@ TEST_P(DmaTest, CodeIsSeenAfterAnExit) {
   }
 }
 
-TEST_P(DmaTest, CodeIsSeenByAnInterruptsHandler) {
+/// signal() has the handler at 0x11000 run, which calls the function and tells what it returned.
+void DmaTest::interrupt_and_see(vcpu::Vcpu& vcpu, const std::function<void()>& signal) {
   const Writer writer = std::get<1>(GetParam());
-  if (!prepare(writer)) GTEST_SKIP() << "io_uring is refused here: " << std::strerror(ring_->error());
-  auto& vcpu = add_vcpu();
   start(vcpu, {
-                  0xe8, 0xfb, 0xff, 0x3e, 0x00,              // again: call 0x400000
+                  0xfb,                                      // sti
+                  0xe8, 0xfa, 0xff, 0x3e, 0x00,              // again: call 0x400000
                   0xff, 0x04, 0x25, 0x00, 0x90, 0x00, 0x00,  // inc dword [0x9000]
                   0xeb, 0xf2,                                // jmp again
               });
-  set_gate(2, 0x11000);
   put(0x11000, {
-                   0xe8, 0xfb, 0xef, 0x3e, 0x00,              // call 0x400000
+                   0x50, 0x51, 0x52,                          // push rax ; push rcx ; push rdx
+                   0xe8, 0xf8, 0xef, 0x3e, 0x00,              // call 0x400000
                    0x89, 0x04, 0x25, 0x00, 0x91, 0x00, 0x00,  // mov [0x9100], eax
                    0xff, 0x04, 0x25, 0x04, 0x91, 0x00, 0x00,  // inc dword [0x9104]
+                   0xb9, 0x0b, 0x08, 0x00, 0x00,              // mov ecx, x2APIC's EOI
+                   0x31, 0xc0, 0x31, 0xd2,                    // xor eax, eax ; xor edx, edx
+                   0x85, 0xdb, 0x74, 0x02, 0x0f, 0x30,        // test ebx, ebx ; jz +2 ; wrmsr
+                   0x5a, 0x59, 0x58,                          // pop rdx ; pop rcx ; pop rax
                    0x48, 0xcf,                                // iretq
                });
+  kvm_regs regs{};
+  ASSERT_EQ(vcpu.get_regs(regs), 0);
+  regs.rbx = has_chips_;
+  ASSERT_EQ(vcpu.set_regs(regs), 0);
+  if (has_chips_) {
+    kvm_sregs sregs{};
+    ASSERT_EQ(vcpu.get_sregs(sregs), 0);
+    sregs.apic_base |= irqchip::LocalApic::base_x2apic;
+    ASSERT_EQ(vcpu.set_sregs(sregs), 0);
+  }
   write_function(Writer::store, 0);
   const auto word = [&](Gpa gpa) { return __atomic_load_n(reinterpret_cast<u32*>(ram + gpa), __ATOMIC_ACQUIRE); };
   std::thread guest([&] { EXPECT_EQ(vcpu.run(), -EINTR); });
@@ -201,13 +221,34 @@ TEST_P(DmaTest, CodeIsSeenByAnInterruptsHandler) {
     const u32 before = word(0x9000);
     EXPECT_TRUE(eventually([&] { return word(0x9000) > before + 100; }));  // it is in a loop of its own
     write_function(writer, value);
-    vcpu.signal_nmi();
+    signal();
     EXPECT_TRUE(eventually([&] { return word(0x9104) == value; }));
     EXPECT_EQ(word(0x9100), value);
   }
   set_immediate_exit();
   vcpu.wake();
   guest.join();
+}
+
+TEST_P(DmaTest, CodeIsSeenByAnNmisHandler) {
+  if (!prepare(std::get<1>(GetParam()))) GTEST_SKIP() << "io_uring is refused here: " << std::strerror(ring_->error());
+  auto& vcpu = add_vcpu();
+  set_gate(2, 0x11000);
+  interrupt_and_see(vcpu, [&] { vcpu.signal_nmi(); });
+}
+
+TEST_P(DmaTest, CodeIsSeenByADevicesHandler) {
+  if (!prepare(std::get<1>(GetParam()))) GTEST_SKIP() << "io_uring is refused here: " << std::strerror(ring_->error());
+  ASSERT_EQ(machine->create_irqchip(), 0);
+  has_chips_ = true;
+  auto& vcpu = add_vcpu();
+  ASSERT_EQ(vcpu.set_cpuid2(x86::supported_cpuid()), 0);
+  set_gate(0x30, 0x11000);
+  kvm_lapic_state apic{};
+  ASSERT_EQ(vcpu.get_lapic(apic), 0);
+  apic.regs[0xf1] = 1;  // SVR: software enable
+  ASSERT_EQ(vcpu.set_lapic(apic), 0);
+  interrupt_and_see(vcpu, [&] { EXPECT_EQ(machine->signal_msi({.address_lo = 0xfee00000, .data = 0x30}), 1); });
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, DmaTest,

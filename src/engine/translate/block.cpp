@@ -370,7 +370,7 @@ void Translation::emit_jump_if(const Guest& g, unsigned n) {
 
 void Translation::indirect() {
   constexpr Register rcx = x86::rcx;
-  const u32 jumps = u32(offsetof(Context, jumps) + request_.mode.number() * sizeof(JumpCache));
+  const u32 jumps = u32(offsetof(Context, jumps) + request_.mode.number() * sizeof(Context::jumps[0]));
   a_.store(offsetof(Context, temporary), rcx);
   a_.load(rcx, offsetof(Context, attention));
   a_.bytes(0x8b, 0x09);  // mov ecx, [rcx]
@@ -378,17 +378,19 @@ void Translation::indirect() {
   u8* miss = a_.jump_later();
   a_.aim_short(calm);
   a_.extract_bits(index_scratch, address_scratch, offsetof(Context, jump_index_bits));
-  a_.load(rcx, jumps + u32(offsetof(JumpCache, minus_rip)), index_scratch, 3);
+  static_assert(sizeof(Jump) == 4 * 8);
+  a_.lea(index_scratch, -1, index_scratch, 2, 0);
+  a_.load(rcx, jumps + u32(offsetof(Jump, minus_rip)), index_scratch, 3);
   a_.lea(rcx, rcx, address_scratch, 0, 0);
   u8* hit = a_.jump_if_rcx_zero_later();
   a_.aim(miss);
   a_.load(rcx, offsetof(Context, temporary));
   a_.jump(request_.stubs->find[request_.mode.vectors]);
   a_.aim_short(hit);
-  a_.load(rcx, jumps + u32(offsetof(JumpCache, page_base)), index_scratch, 3);
+  a_.load(rcx, jumps + u32(offsetof(Jump, page_base)), index_scratch, 3);
   a_.store(offsetof(Context, page_base), rcx);
   a_.load(rcx, offsetof(Context, temporary));
-  a_.jump_context(jumps + u32(offsetof(JumpCache, code)), index_scratch, 3);
+  a_.jump_context(jumps + u32(offsetof(Jump, code)), index_scratch, 3);
 }
 
 /// What is in Context::target.

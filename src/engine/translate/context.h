@@ -34,11 +34,12 @@ constexpr u64 minus_other_page(unsigned slot) { return -(u64((slot + tlb_entries
 
 // --- where a guest address continues ---------------------------------------------------------------------------------
 /// Targets of indirect and cross-page branches by guest RIP. minus_rip of an unused slot is a RIP of another slot.
-inline constexpr unsigned jump_entries = 4096;
-struct JumpCache {
-  u64 minus_rip[jump_entries];
-  u64 code[jump_entries];
-  u64 page_base[jump_entries];
+inline constexpr unsigned jump_entries = 16384;
+struct Jump {
+  u64 minus_rip;
+  u64 code;
+  u64 page_base;
+  u64 listed;  ///< bit n: in Translator::jumps_used_[n]
 };
 
 constexpr unsigned jump_slot(u64 rip) { return unsigned(rip >> 1) & (jump_entries - 1); }
@@ -105,7 +106,7 @@ struct Context {
   } x87_image;  ///< for XSAVE and XRSTOR
 
   alignas(64) TlbEntry tlb[3][tlb_entries];
-  JumpCache jumps[Mode::count];
+  Jump jumps[Mode::count][jump_entries];
 };
 
 /// An x87 instruction as Context::x87_last keeps it.

@@ -15,14 +15,16 @@ bool find_function(Context* context, u64 rip) { return static_cast<Translator*>(
 
 void Translator::note_jump(u64 rip, const Block& block) {
   const unsigned slot = jump_slot(rip);
-  JumpCache& jumps = context_->jumps[mode_.number()];
-  jumps.minus_rip[slot] = -rip;
-  jumps.code[slot] = u64(block.code);
-  jumps.page_base[slot] = rip & page_mask;
-  jump_pages_ |= 1ull << jump_page_bit(rip);
-  if (jumps_used_count_ < std::size(jumps_used_))
-    jumps_used_[jumps_used_count_] = u16(mode_.number() * jump_entries + slot);
-  ++jumps_used_count_;
+  Jump& jump = context_->jumps[mode_.number()][slot];
+  jump.minus_rip = -rip;
+  jump.code = u64(block.code);
+  jump.page_base = rip & page_mask;
+  jump_pages_[jump_page_bit(rip) / 64] |= 1ull << jump_page_bit(rip) % 64;
+  const bool global = mode_.privilege != x86::Privilege::user && cpu_->mmu.is_global(rip, cpu_->system_privilege);
+  jump_modes_ |= 1u << mode_.number();
+  if (jump.listed >> global & 1) return;
+  jump.listed |= 1u << global;
+  jumps_used_[global][jumps_used_count_[global]++] = mode_.number() * jump_entries + slot;
 }
 
 /// The run loop decides wherever anything is to be looked at first.

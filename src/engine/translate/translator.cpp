@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -75,7 +76,7 @@ Translator::Translator(bool exact) : exact_(exact), reference_(make_interpreter(
   for (auto& table : context_->tlb)
     for (unsigned slot : {tlb_entries - 1, 0u, 1u})
       table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
-  for (auto& jumps : context_->jumps) jumps.minus_rip[0] = 1;
+  for (auto& jumps : context_->jumps) jumps[0].minus_rip = 1;
   Assembler a(cache_.free_code(), cache_.code_end());
   stubs_ = emit_stubs(a, x86::supports(x86::Feature::avx512f));
   cache_.keep_code(a.here());
@@ -115,28 +116,34 @@ void Translator::flush_tlb() {
   tlb_used_count_ = 0;
 }
 
-void Translator::flush_jumps() {
-  const auto forget = [this](unsigned mode, unsigned slot) { context_->jumps[mode].minus_rip[slot] = slot == 0; };
-  if (jumps_used_count_ <= std::size(jumps_used_)) {
-    for (u32 n = 0; n < jumps_used_count_; ++n) forget(jumps_used_[n] / jump_entries, jumps_used_[n] % jump_entries);
-  } else {
-    for (unsigned mode = 0; mode < Mode::count; ++mode)
-      for (unsigned slot = 0; slot < jump_entries; ++slot) forget(mode, slot);
+void Translator::flush_listed_jumps(bool global) {
+  for (u32 n = 0; n < jumps_used_count_[global]; ++n) {
+    const unsigned slot = jumps_used_[global][n] % jump_entries;
+    Jump& jump = context_->jumps[jumps_used_[global][n] / jump_entries][slot];
+    jump.minus_rip = slot == 0;
+    jump.listed &= ~(1ull << global);
   }
-  jumps_used_count_ = 0;
-  jump_pages_ = 0;
+  jumps_used_count_[global] = 0;
   context_->link_site = 0;
+}
+
+void Translator::flush_jumps() {
+  flush_listed_jumps(false);
+  flush_listed_jumps(true);
+  std::memset(jump_pages_, 0, sizeof jump_pages_);
+  jump_modes_ = 0;
 }
 
 void Translator::follow_flushes() {
   const u64 now = cpu_->mmu.flush_count();
   if (now == flushes_seen_) return;
   Gva pages[x86::Mmu::most_pages_told];
-  const int count = cpu_->mmu.pages_flushed_since(flushes_seen_, pages);
-  flushes_seen_ = now;
+  const u64 seen = std::exchange(flushes_seen_, now);
+  const int count = cpu_->mmu.pages_flushed_since(seen, pages);
   if (count < 0) {
     flush_tlb();
-    flush_jumps();
+    flush_listed_jumps(false);
+    if (cpu_->mmu.global_pages_flushed_since(seen)) flush_jumps();
   }
   for (int n = 0; n < count; ++n) flush_page(pages[n]);
 }
@@ -146,15 +153,13 @@ void Translator::flush_page(Gva page) {
   for (auto& table : context_->tlb)
     if (table[slot].minus_read == -page || table[slot].minus_write == -page)
       table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
-  if (!(jump_pages_ >> jump_page_bit(page) & 1)) return;
-  if (jumps_used_count_ > std::size(jumps_used_)) {
-    flush_jumps();
-    return;
-  }
-  for (u32 n = 0; n < jumps_used_count_; ++n) {
-    JumpCache& jumps = context_->jumps[jumps_used_[n] / jump_entries];
-    const unsigned jump = jumps_used_[n] % jump_entries;
-    if (jumps.page_base[jump] == page) jumps.minus_rip[jump] = jump == 0;
+  if (!(jump_pages_[jump_page_bit(page) / 64] >> jump_page_bit(page) % 64 & 1)) return;
+  // A page's targets have a slot for each two bytes, one behind the other.
+  static_assert(jump_entries >= page_size / 2);
+  for (unsigned modes = jump_modes_; modes; modes &= modes - 1) {
+    Jump* const jumps = context_->jumps[std::countr_zero(modes)];
+    for (unsigned slot = jump_slot(page), end = slot + page_size / 2; slot < end; ++slot)
+      if (jumps[slot].page_base == page) jumps[slot].minus_rip = slot == 0;
   }
 }
 
@@ -265,11 +270,10 @@ Next Translator::go_on() {
   follow_flushes();
   const Mode mode = next_mode(false);
   mode_ = mode;
-  const JumpCache& jumps = context_->jumps[mode.number()];
-  const unsigned slot = jump_slot(cpu.state.rip);
-  if (jumps.minus_rip[slot] + cpu.state.rip == 0) {
-    context_->enter_at = jumps.code[slot];
-    context_->page_base = jumps.page_base[slot];
+  const Jump& jump = context_->jumps[mode.number()][jump_slot(cpu.state.rip)];
+  if (jump.minus_rip + cpu.state.rip == 0) {
+    context_->enter_at = jump.code;
+    context_->page_base = jump.page_base;
   } else if (!find(cpu.state.rip)) {
     return Next::leave;
   }
@@ -339,8 +343,10 @@ void Translator::enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*
   context_->data_privilege = reinterpret_cast<u8*>(&cpu.data_privilege);
   context_->link_site = 0;
   context_->wants_checks = 0;
-  ++epoch_;
-  flush_jumps();
+  if (!std::exchange(keep_code_, false)) {
+    ++epoch_;
+    flush_jumps();
+  }
   callers_gs_base_ = gs_base();
   __asm__ volatile("fnstcw %0" : "=m"(callers_x87_control_));
   in_run_ = true;

@@ -22,6 +22,7 @@ class Translator final : public Engine {
   Translator& operator=(const Translator&) = delete;
 
   void run(x86::Cpu& cpu) override;
+  void keep_code() override { keep_code_ = true; }
   void step(x86::Cpu& cpu) override { reference_->step(cpu); }
   const char* name() const override { return exact_ ? "translate-exact" : "translate"; }
 
@@ -61,8 +62,10 @@ class Translator final : public Engine {
   void follow_flushes();
   void flush_tlb();
   void flush_jumps();
+  void flush_listed_jumps(bool global);
   void flush_page(Gva page);
-  static constexpr unsigned jump_page_bit(Gva page) { return unsigned(page >> 12) % 64; }
+  static constexpr unsigned jump_page_bits = 1u << 16;
+  static constexpr unsigned jump_page_bit(Gva page) { return unsigned(page >> 12 ^ page >> 24) % jump_page_bits; }
   void note_jump(u64 rip, const Block& block);
   void refresh_segments();
   /// The block for RIP, made when there is none; nullptr where only the reference engine can go on.
@@ -102,16 +105,18 @@ class Translator final : public Engine {
   const Supervision* supervision_ = nullptr;
   unsigned block_limit_ = most_instructions;
   bool in_run_ = false;
+  bool keep_code_ = false;
   SharedCode shared_;
   u8 user_vectors_ = no_vectors;                  ///< user code had the vector registers when it was left
   bool serialized_ = false;                       ///< the guest has executed an instruction that serializes, perhaps
   bool code_dropped_ = false;                     ///< the block that runs may be gone
   u64 steps_[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {};  ///< of the reference engine, by mnemonic
   // What is in use, so that a flush touches only that.
-  u32 tlb_used_count_ = 0, jumps_used_count_ = 0;
-  u64 jump_pages_ = 0;  ///< of which pages the jump cache may have targets: one hashed bit each
+  u32 tlb_used_count_ = 0, jumps_used_count_[2] = {};
+  u64 jump_pages_[jump_page_bits / 64] = {};  ///< of which pages the jump cache may have targets: one hashed bit each
+  u32 jump_modes_ = 0;                        ///< and in which modes
   u16 tlb_used_[2048];
-  u16 jumps_used_[8192];
+  u32 jumps_used_[2][Mode::count * jump_entries];  ///< [1]: whose pages are global
 };
 
 }  // namespace anykvm::engine::translate
