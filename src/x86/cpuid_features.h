@@ -129,6 +129,7 @@ enum class Feature : u16 {
   xsaves = detail::bit(CpuidWord::leafd_1_eax, 3),
   // 0x80000001 ECX
   lahf_lm = detail::bit(CpuidWord::ext1_ecx, 0),
+  alt_mov_cr8 = detail::bit(CpuidWord::ext1_ecx, 4),
   abm = detail::bit(CpuidWord::ext1_ecx, 5),
   sse4a = detail::bit(CpuidWord::ext1_ecx, 6),
   misalignsse = detail::bit(CpuidWord::ext1_ecx, 7),

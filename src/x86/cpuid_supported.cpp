@@ -57,7 +57,7 @@ constexpr u32 native(CpuidWord word) {
     case CpuidWord::leaf7_1_eax: return bits({avx_vnni});
     case CpuidWord::leafd_1_eax: return bits({xsaveopt, xsavec, xgetbv1, xsaves});
     case CpuidWord::ext1_ecx:
-      return bits({lahf_lm, abm, sse4a, misalignsse, prefetchw, osvw, topoext}) | 1u << 1 /* CmpLegacy */;
+      return bits({lahf_lm, alt_mov_cr8, abm, sse4a, misalignsse, prefetchw, osvw, topoext}) | 1u << 1 /* CmpLegacy */;
     case CpuidWord::ext1_edx: return 1u << 22 /* MMX extensions */;
     case CpuidWord::ext8_ebx: return bits({clzero});
     case CpuidWord::ext21_eax: return 1u << 2 /* LFENCE serialises */;

@@ -66,8 +66,9 @@ Result Cpu::sysenter(u64) {
 Result Cpu::sysexit(unsigned operand_bytes) {
   CpuState& s = state;
   const u16 selector = u16(s.msr.sysenter_cs) & 0xfffc;
+  if (!s.protected_mode() || s.cpl != 0) return gp();
   if (s.long_mode() && cpuid.vendor() == Vendor::amd) return ud();
-  if (!s.protected_mode() || !selector || s.cpl != 0) return gp();
+  if (!selector) return gp();
   const bool to_long = operand_bytes == 8;
   const u64 rip = to_long ? s.gpr[rdx] : u32(s.gpr[rdx]), stack = to_long ? s.gpr[rcx] : u32(s.gpr[rcx]);
   if (!canonical(rip) || !canonical(stack)) return gp();

@@ -46,6 +46,22 @@ u16 tag_word(const FpuState& fpu) {
 /// A pointer as real mode has it: 32 or 20 bits in two fields, the upper one above 12 other bits.
 u32 linear(u16 selector, u64 offset) { return u32(selector) * 16 + u32(offset); }
 
+/// How many bits of FDP the host keeps.
+u8 host_pointer_bits() {
+  alignas(16) u8 before[512], image[512];
+  __asm__ volatile("fxsave64 %0" : "=m"(before));
+  u8 bits = 64;
+  for (const u8 tried : {57, 48}) {
+    std::memcpy(image, before, sizeof image);
+    put<u16>(image + control_at, 0x37e);
+    put<u16>(image + status_at, 0x8081);  // an exception waits, without which AMD's drop the pointers
+    put<u64>(image + operand_at, 1ull << (tried - 1));
+    __asm__ volatile("fxrstor64 %0\n\tfxsave64 %0\n\tfxrstor64 %1" : "+m"(image) : "m"(before));
+    if (get<u64>(image + operand_at) == -(1ull << (tried - 1))) bits = tried;
+  }
+  return bits;
+}
+
 }  // namespace
 
 const X87Behaviour& x87_behaviour() {
@@ -56,7 +72,8 @@ const X87Behaviour& x87_behaviour() {
     return X87Behaviour{.drops_pointers = amd,
                         .keeps_selectors = !(b >> 13 & 1),
                         .operand_if_fault = (b >> 6 & 1) != 0,
-                        .opcode_if_fault = !amd};
+                        .opcode_if_fault = !amd,
+                        .pointer_bits = host_pointer_bits()};
   }();
   return behaviour;
 }

@@ -12,6 +12,7 @@ struct X87Behaviour {
   bool keeps_selectors;   ///< FCS and FDS exist
   bool operand_if_fault;  ///< FDP moves only when an unmasked exception came up
   bool opcode_if_fault;   ///< so does FOP (Intel)
+  u8 pointer_bits;        ///< of FIP and FDP as FXRSTOR64 loads them: the upper ones become copies of the highest
 };
 const X87Behaviour& x87_behaviour();
 

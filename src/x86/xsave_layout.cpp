@@ -158,10 +158,20 @@ void store_x87_control(const FpuState& fpu, bool wide, u8* out) {
 
 void load_x87_control(FpuState& fpu, bool wide, const u8* in) {
   std::memcpy(fpu.x87, in, x87_control_size);
-  fpu.x87[5] = 0;  // reserved, next to the abridged tag word
+  fpu.x87[5] = 0;   // reserved, next to the abridged tag word
+  fpu.x87[7] &= 7;  // FOP has 11 bits
   settle_x87_words(fpu);
   fpu.x87_code_selector = fpu.x87_data_selector = 0;
-  if (wide) return;
+  if (wide) {
+    const unsigned above = 64 - x87_behaviour().pointer_bits;
+    for (u8* pointer : {fpu.x87 + 8, fpu.x87 + 16}) {
+      s64 value;
+      std::memcpy(&value, pointer, sizeof value);
+      value = s64(u64(value) << above) >> above;
+      std::memcpy(pointer, &value, sizeof value);
+    }
+    return;
+  }
   if (x87_behaviour().keeps_selectors) {
     std::memcpy(&fpu.x87_code_selector, in + 12, 2);
     std::memcpy(&fpu.x87_data_selector, in + 20, 2);

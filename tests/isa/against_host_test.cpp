@@ -110,7 +110,7 @@ class Comparison {
   std::size_t kinds() const { return groups_.size(); }
 
  private:
-  static u64 features() { return x86::supported_xcr0() & 0xe7; }
+  static u64 features() { return x86::supported_xcr0() & compared_state; }
   static std::unique_ptr<engine::Engine> make_engine() {
     engine::Kind kind = engine::Kind::interpret;
     (void)engine::default_kind(kind);

@@ -9,47 +9,17 @@ namespace anykvm::isa {
 
 namespace {
 
-bool host_is_amd() {
-  unsigned a, b, c, d;
-  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
-}
-
 constexpr u8 prefix_of[4] = {0, 0x66, 0xf3, 0xf2};
 
-const ZydisDecoder& decoder_of(Mode mode) {
-  struct Decoders {
-    ZydisDecoder decoder[3];
-    Decoders() {
-      ZydisDecoderInit(&decoder[0], ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
-      ZydisDecoderInit(&decoder[1], ZYDIS_MACHINE_MODE_LONG_COMPAT_32, ZYDIS_STACK_WIDTH_32);
-      ZydisDecoderInit(&decoder[2], ZYDIS_MACHINE_MODE_LONG_COMPAT_16, ZYDIS_STACK_WIDTH_16);
-      // Near branches with an operand-size prefix: the vendors differ.
-      if (host_is_amd()) ZydisDecoderEnableMode(&decoder[0], ZYDIS_DECODER_MODE_AMD_BRANCHES, ZYAN_TRUE);
-      for (ZydisDecoder& d : decoder) {
-        ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
-        ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_KNC, ZYAN_FALSE);
-      }
-    }
-  };
-  static const Decoders decoders;
-  return decoders.decoder[unsigned(mode)];
+/// Whether the host's XCR0 has components that are not compared.
+bool host_has_more_state() {
+  u32 low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low & ~compared_state || high;
 }
 
 bool is_prefix(Mode mode, u8 byte) {
-  switch (byte) {
-    case 0x26:
-    case 0x2e:
-    case 0x36:
-    case 0x3e:
-    case 0x64:
-    case 0x65:
-    case 0x66:
-    case 0x67:
-    case 0xf0:
-    case 0xf2:
-    case 0xf3: return true;
-    default: return mode == Mode::code64 && (byte & 0xf0) == 0x40;
-  }
+  return engine::is_legacy_prefix(byte) || (mode == Mode::code64 && (byte & 0xf0) == 0x40);
 }
 
 /// What an encoding is, so that two that are the same count once.
@@ -65,9 +35,9 @@ struct Signature {
 Signature sign(Mode mode, const Form& form, const Fields& fields) {
   u8 bytes[16 + 15] = {};
   form.assemble(fields, mode, bytes);
-  ZydisDecodedInstruction d;
-  Operands operands;
-  if (!decode(mode, bytes, 15, d, operands)) return {};
+  engine::Decoded decoded;
+  if (!decode(mode, bytes, 15, decoded)) return {};
+  const auto& [d, operands] = decoded;
   Signature s{.mnemonic = d.mnemonic, .has_modrm = (d.attributes & ZYDIS_ATTRIB_HAS_MODRM) != 0, .defined = true};
   s.excluded = exclusion(d, operands);
   for (unsigned n = 0; n < d.operand_count; ++n) {
@@ -116,7 +86,6 @@ class Enumeration {
           if (mode_ == Mode::code64 || is_prefix(mode_, u8(opcode)) || opcode == 0x0f) continue;
         }
         if (map == 1 && (opcode == 0x38 || opcode == 0x3a)) continue;
-        if (map == 1 && opcode == 0x0f) continue;  // 3DNow
         for (u8 pp = 0; pp < 4; ++pp)
           for (unsigned w = 0; w < (mode_ == Mode::code64 ? 2u : 1u); ++w) {
             Form form{.map = map, .opcode = u8(opcode), .pp = pp, .w = w != 0};
@@ -219,12 +188,6 @@ class Enumeration {
 
   void keep(Form form, const Signature& s, s8 reg, s8 rm) {
     if (s.excluded || (s.masks && !with_evex_)) return;
-    // Not yet compared: what masks do to the faults of EVEX memory operands; EVEX.b where it means nothing.
-    if (form.encoding == Encoding::evex && (form.kind == Form::memory || (form.broadcast && !s.defined))) return;
-    // 0F 01 with registers: a hypervisor's, also where the decoder does not know it.
-    if (!s.defined && form.encoding == Encoding::legacy && form.map == 1 && form.opcode == 1 &&
-        form.kind == Form::registers)
-      return;
     form.reg = reg;
     form.rm = rm;
     form.defined = s.defined;
@@ -260,17 +223,8 @@ class Enumeration {
 
 }  // namespace
 
-bool decode(Mode mode, const u8* bytes, unsigned available, ZydisDecodedInstruction& d, Operands& operands) {
-  if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder_of(mode), bytes, available, &d, operands))) return false;
-  // 3E before a near indirect branch names DS, too.
-  if (mode != Mode::code64 && d.attributes & ZYDIS_ATTRIB_HAS_NOTRACK && operands[0].type == ZYDIS_OPERAND_TYPE_MEMORY)
-    operands[0].mem.segment = ZYDIS_REGISTER_DS;
-  // Zydis 4.0 gives [disp32 + index] a base where REX.B is set.
-  if (d.attributes & ZYDIS_ATTRIB_HAS_SIB && d.raw.modrm.mod == 0 && d.raw.sib.base == 5)
-    for (unsigned n = 0; n < d.operand_count; ++n)
-      if (operands[n].type == ZYDIS_OPERAND_TYPE_MEMORY && operands[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM)
-        operands[n].mem.base = ZYDIS_REGISTER_NONE, operands[n].mem.disp.value = d.raw.disp.value;
-  return true;
+bool decode(Mode mode, const u8* bytes, unsigned available, engine::Decoded& out) {
+  return ZYAN_SUCCESS(engine::decode_instruction(bytes, available, bits_of(mode), out));
 }
 
 unsigned Form::assemble(const Fields& f, Mode mode, u8* out) const {
@@ -327,55 +281,37 @@ const char* exclusion(const ZydisDecodedInstruction& d, const Operands& operands
     case ZYDIS_MNEMONIC_SYSCALL:
     case ZYDIS_MNEMONIC_SYSENTER: return "enters the kernel";
     case ZYDIS_MNEMONIC_INT: return operands[0].imm.value.u == 0x80 ? "enters the kernel" : nullptr;
-    case ZYDIS_MNEMONIC_CPUID:
-    case ZYDIS_MNEMONIC_XGETBV: return "the guest's CPUID and XCR0 are its own";
+    case ZYDIS_MNEMONIC_CPUID: return "the guest's CPUID is its own";
     case ZYDIS_MNEMONIC_RDTSC:
     case ZYDIS_MNEMONIC_RDTSCP:
-    case ZYDIS_MNEMONIC_RDPMC:
     case ZYDIS_MNEMONIC_RDPRU:
     case ZYDIS_MNEMONIC_RDRAND:
-    case ZYDIS_MNEMONIC_RDSEED:
-    case ZYDIS_MNEMONIC_RDPID: return "differs from run to run";
+    case ZYDIS_MNEMONIC_RDSEED: return "differs from run to run";
+    case ZYDIS_MNEMONIC_RDPID: return "tells which processor it runs on";
     case ZYDIS_MNEMONIC_SGDT:
     case ZYDIS_MNEMONIC_SIDT:
     case ZYDIS_MNEMONIC_SLDT:
     case ZYDIS_MNEMONIC_SMSW:
     case ZYDIS_MNEMONIC_STR: return "the kernel emulates it under UMIP";
-    // Not yet compared: faults in the middle.
-    case ZYDIS_MNEMONIC_MASKMOVQ:
-    case ZYDIS_MNEMONIC_VGATHERDPD:
-    case ZYDIS_MNEMONIC_VGATHERDPS:
-    case ZYDIS_MNEMONIC_VGATHERQPD:
-    case ZYDIS_MNEMONIC_VGATHERQPS:
-    case ZYDIS_MNEMONIC_VMASKMOVPS:
-    case ZYDIS_MNEMONIC_VMASKMOVPD:
-    case ZYDIS_MNEMONIC_VPMASKMOVD:
-    case ZYDIS_MNEMONIC_VPMASKMOVQ:
-    case ZYDIS_MNEMONIC_VPGATHERDD:
-    case ZYDIS_MNEMONIC_VPGATHERDQ:
-    case ZYDIS_MNEMONIC_VPGATHERQD:
-    case ZYDIS_MNEMONIC_VPGATHERQQ: return "is on the list of what differs";
     case ZYDIS_MNEMONIC_VMCALL:
-    case ZYDIS_MNEMONIC_VMMCALL:
-    case ZYDIS_MNEMONIC_MONITOR:
-    case ZYDIS_MNEMONIC_MWAIT:
-    case ZYDIS_MNEMONIC_MONITORX:
-    case ZYDIS_MNEMONIC_MWAITX:
+    case ZYDIS_MNEMONIC_VMMCALL: return "calls the hypervisor, who may run the host";
     case ZYDIS_MNEMONIC_VMRUN:
     case ZYDIS_MNEMONIC_VMLOAD:
     case ZYDIS_MNEMONIC_VMSAVE:
     case ZYDIS_MNEMONIC_STGI:
     case ZYDIS_MNEMONIC_CLGI:
     case ZYDIS_MNEMONIC_SKINIT:
-    case ZYDIS_MNEMONIC_INVLPGA:
+    case ZYDIS_MNEMONIC_INVLPGA: return "#GP or #UD, as the host's EFER.SVME has it";
+    case ZYDIS_MNEMONIC_MONITORX:
+    case ZYDIS_MNEMONIC_MWAITX:
     case ZYDIS_MNEMONIC_PVALIDATE:
     case ZYDIS_MNEMONIC_RMPADJUST:
     case ZYDIS_MNEMONIC_PSMASH:
     case ZYDIS_MNEMONIC_RMPUPDATE:
     case ZYDIS_MNEMONIC_INVLPGB:
-    case ZYDIS_MNEMONIC_TLBSYNC:
-    case ZYDIS_MNEMONIC_INT1:
-    case ZYDIS_MNEMONIC_SYSEXIT: return "is a hypervisor's, who may run the host";
+    case ZYDIS_MNEMONIC_TLBSYNC: return "a virtual host has it without saying so";
+    case ZYDIS_MNEMONIC_XGETBV: return host_has_more_state() ? "the guest's XCR0 is its own" : nullptr;
+    case ZYDIS_MNEMONIC_INT1: return "a hypervisor that intercepts it reports RIP in front of it";
     default: return nullptr;
   }
 }

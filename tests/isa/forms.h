@@ -3,10 +3,9 @@
 // or registers. The undefined ones are forms, too: what the host calls #UD, the engine must.
 #pragma once
 
-#include <Zydis/Zydis.h>
-
 #include <vector>
 
+#include "engine/native/decoded.h"
 #include "isa/random.h"
 #include "isa/state.h"
 
@@ -47,8 +46,7 @@ struct Form {
 
 using Operands = ZydisDecodedOperand[ZYDIS_MAX_OPERAND_COUNT];
 
-/// The decoder of a mode, every extension on.
-bool decode(Mode mode, const u8* bytes, unsigned available, ZydisDecodedInstruction& d, Operands& operands);
+bool decode(Mode mode, const u8* bytes, unsigned available, engine::Decoded& out);
 
 /// Why an instruction cannot be compared; nullptr: it can.
 const char* exclusion(const ZydisDecodedInstruction& d, const Operands& operands);

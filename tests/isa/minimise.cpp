@@ -12,11 +12,11 @@ namespace {
 bool without(const Case& from, unsigned drop, Case& out) {
   unsigned at = 0, number = 0;
   while (at < from.code_length) {
-    ZydisDecodedInstruction d;
-    Operands operands;
+    engine::Decoded d;
     u8 bytes[Case::max_code + 32];
     lay_out(from, bytes);
-    const unsigned length = decode(from.mode, bytes + at, 15, d, operands) ? d.length : unsigned(from.code_length - at);
+    const unsigned length =
+        decode(from.mode, bytes + at, 15, d) ? d.instruction.length : unsigned(from.code_length - at);
     if (number++ == drop) {
       if (at + length > from.code_length) return false;
       out = from;

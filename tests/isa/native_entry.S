@@ -15,6 +15,43 @@
 .set s_features, anykvm_isa_state+216
 .set s_mxcsr, anykvm_isa_state+224
 
+.set user_data_selector, 0x2b
+
+# What the case has left, and the host's own instead. Changes RAX.
+.macro exchange_segments
+  movw %es, s_es(%rip)
+  movw %ds, s_ds(%rip)
+  movw %fs, s_fs(%rip)
+  movw %gs, s_gs(%rip)
+  rdfsbase %rax
+  mov %rax, s_bases(%rip)
+  rdgsbase %rax
+  mov %rax, s_bases+8(%rip)
+  mov $user_data_selector, %eax
+  mov %eax, %ss
+  xor %eax, %eax
+  mov %eax, %ds
+  mov %eax, %es
+  mov %eax, %fs
+  mov %eax, %gs
+  mov s_host_fs(%rip), %rax
+  wrfsbase %rax
+.endm
+
+# From anykvm_isa_enter. RSP is what it pushed.
+.macro return_to_host
+  fninit
+  ldmxcsr s_mxcsr(%rip)
+  vzeroall
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbp
+  pop %rbx
+  ret
+.endm
+
 .text
 .globl anykvm_isa_enter, anykvm_isa_exit, anykvm_isa_signal, anykvm_isa_abort
 
@@ -86,73 +123,23 @@ anykvm_isa_exit:
   popfq
   mov %ss, %eax
   movw %ax, s_ss(%rip)
-  movw %es, s_es(%rip)
-  movw %ds, s_ds(%rip)
-  movw %fs, s_fs(%rip)
-  movw %gs, s_gs(%rip)
-  rdfsbase %rax
-  mov %rax, s_bases(%rip)
-  rdgsbase %rax
-  mov %rax, s_bases+8(%rip)
   mov s_features(%rip), %eax
   mov s_features+4(%rip), %edx
   xsave64 anykvm_isa_image(%rip)
-  mov $0x2b, %eax
-  mov %eax, %ss
-  xor %eax, %eax
-  mov %eax, %ds
-  mov %eax, %es
-  mov %eax, %fs
-  mov %eax, %gs
-  mov s_host_fs(%rip), %rax
-  wrfsbase %rax
-  fninit
-  ldmxcsr s_mxcsr(%rip)
-  vzeroall
-  pop %r15
-  pop %r14
-  pop %r13
-  pop %r12
-  pop %rbp
-  pop %rbx
-  ret
+  exchange_segments
+  return_to_host
 
 # The signal handler: the C++ one must not meet AC, the case's segments and FS base, the next IRETQ no NT.
 anykvm_isa_signal:
   pushfq
   andq $~0x44500, (%rsp)
   popfq
-  movw %es, s_es(%rip)
-  movw %ds, s_ds(%rip)
-  movw %fs, s_fs(%rip)
-  movw %gs, s_gs(%rip)
-  rdfsbase %rax
-  mov %rax, s_bases(%rip)
-  rdgsbase %rax
-  mov %rax, s_bases+8(%rip)
-  mov $0x2b, %eax
-  mov %eax, %ss
-  xor %eax, %eax
-  mov %eax, %ds
-  mov %eax, %es
-  mov %eax, %fs
-  mov %eax, %gs
-  mov s_host_fs(%rip), %rax
-  wrfsbase %rax
+  exchange_segments
   jmp anykvm_isa_on_signal
 
 # Out of the signal handler without sigreturn, which would cost as much again.
 anykvm_isa_abort:
   mov s_host_rsp(%rip), %rsp
-  fninit
-  ldmxcsr s_mxcsr(%rip)
-  vzeroall
-  pop %r15
-  pop %r14
-  pop %r13
-  pop %r12
-  pop %rbp
-  pop %rbx
-  ret
+  return_to_host
 
 .section .note.GNU-stack,"",@progbits

@@ -9,19 +9,18 @@ namespace anykvm::isa {
 
 namespace {
 
-/// Calls visit(offset, length, instruction or nullptr, operands) for each instruction as laid out.
+/// Calls visit(offset, length, instruction or nullptr) for each instruction as laid out.
 template <class Visit>
 void walk(const Case& c, Visit&& visit) {
   u8 bytes[Case::max_code + 32];
   lay_out(c, bytes);
   for (unsigned at = 0; at < c.code_length;) {
-    ZydisDecodedInstruction d;
-    Operands operands;
-    if (decode(c.mode, bytes + at, 15, d, operands)) {
-      visit(at, d.length, &d, operands);
-      at += d.length;
+    engine::Decoded d;
+    if (decode(c.mode, bytes + at, 15, d)) {
+      visit(at, d.instruction.length, &d);
+      at += d.instruction.length;
     } else {
-      visit(at, c.code_length - at, nullptr, operands);
+      visit(at, c.code_length - at, nullptr);
       break;
     }
   }
@@ -40,14 +39,14 @@ std::string listing(const Case& c) {
   ZydisFormatter formatter;
   ZydisFormatterInit(&formatter, ZYDIS_FORMATTER_STYLE_INTEL);
   const u64 base = c.mode == Mode::code64 ? 0 : extent_of(c.in.selector[1]).base;
-  walk(c, [&](unsigned at, unsigned length, const ZydisDecodedInstruction* d, const Operands& operands) {
+  walk(c, [&](unsigned at, unsigned length, const engine::Decoded* d) {
     const u64 address = code_address + c.code_offset + at - base;
     line(out, "  %llx:", (unsigned long long)address);
     for (unsigned n = 0; n < length; ++n) line(out, " %02x", c.code[at + n]);
     char text[160] = "(undefined)";
     if (d)
-      ZydisFormatterFormatInstruction(&formatter, d, operands, d->operand_count_visible, text, sizeof text, address,
-                                      nullptr);
+      ZydisFormatterFormatInstruction(&formatter, &d->instruction, d->operands, d->instruction.operand_count_visible,
+                                      text, sizeof text, address, nullptr);
     line(out, "   %s\n", text);
   });
   return out;
@@ -55,9 +54,9 @@ std::string listing(const Case& c) {
 
 std::string mnemonics(const Case& c) {
   std::string out;
-  walk(c, [&](unsigned, unsigned, const ZydisDecodedInstruction* d, const Operands&) {
+  walk(c, [&](unsigned, unsigned, const engine::Decoded* d) {
     if (!out.empty()) out += ' ';
-    out += d ? ZydisMnemonicGetString(d->mnemonic) : "undefined";
+    out += d ? ZydisMnemonicGetString(d->mnemonic()) : "undefined";
   });
   return out;
 }
@@ -90,6 +89,8 @@ std::string report(const Case& c, const Outcome& host, const Outcome& engine, co
       line(out, "      ymm%u=%016llx_%016llx_%016llx_%016llx\n", n, (unsigned long long)v[3], (unsigned long long)v[2],
            (unsigned long long)v[1], (unsigned long long)v[0]);
   }
+  for (unsigned n = 0; n < 8; ++n)
+    if (c.in.opmask[n]) line(out, "      k%u=%016llx\n", n, (unsigned long long)c.in.opmask[n]);
   for (unsigned n = 0; n < c.poke_count; ++n)
     line(out, "      [%llx]=%016llx\n", (unsigned long long)(data_address + c.pokes[n].at),
          (unsigned long long)c.pokes[n].value);

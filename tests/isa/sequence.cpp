@@ -218,11 +218,11 @@ bool Sequence::add(const Form& form) {
   for (unsigned tries = 0; tries < 12; ++tries) {
     u8 bytes[32];
     const unsigned head = draw(form, bytes);
-    ZydisDecodedInstruction d;
-    Operands operands;
+    engine::Decoded decoded;
+    const auto& [d, operands] = decoded;
     unsigned length;
-    if (decode(c_.mode, bytes, 15, d, operands)) {
-      if (exclusion(d, operands) || has_erratum(d, operands)) continue;
+    if (decode(c_.mode, bytes, 15, decoded)) {
+      if (exclusion(d, operands) || (!is_known(rsp) && has_erratum(d, operands))) continue;
       const bool must_reach = x87_selectors(d, 0).code != 0;
       if ((tries < 8 || must_reach) && !reaches(d, operands)) continue;
       if (takes_components(d) && !is_open(rax)) continue;
@@ -408,6 +408,7 @@ void Sequence::settle_special(u8* bytes, const ZydisDecodedInstruction& d, const
       break;
     default: break;
   }
+  if (d.mnemonic == ZYDIS_MNEMONIC_XGETBV) limit_to(rcx, random_.below(3));
   if (d.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE))
     limit_to(rcx, random_.one_in(32) ? any_integer(random_) : random_.below(random_.one_in(4) ? 600 : 20));
   if (takes_components(d)) {  // those that the host has enabled and the guest has not stay out
@@ -516,8 +517,6 @@ void Sequence::settle(u8* bytes, const ZydisDecodedInstruction& d, const Operand
 void Sequence::note_uses(const ZydisDecodedInstruction& d, const Operands& operands) {
   if (ignores_alignment(d.mnemonic)) alignment_checks_ = false;
   if (undefined_flags_of(d.mnemonic)) closed_ = true;  // nothing may depend on them
-  // The x87 pointers that they load are not kept, which the next FNSTENV would show.
-  if (d.mnemonic == ZYDIS_MNEMONIC_FLDENV || d.mnemonic == ZYDIS_MNEMONIC_FRSTOR) closed_ = true;
   if (d.meta.isa_ext == ZYDIS_ISA_EXT_X87 || d.meta.isa_ext == ZYDIS_ISA_EXT_MMX || is_image(d.mnemonic) || is_xsave(d))
     x87_ = true;
   for (unsigned n = 0; n < d.operand_count; ++n) {

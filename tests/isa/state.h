@@ -27,6 +27,9 @@ inline constexpr u16 code64_selector = 0x33, code32_selector = 0x23, data_select
 enum class Mode : u8 { code64, code32, code16 };
 inline constexpr unsigned bits_of(Mode mode) { return mode == Mode::code64 ? 64 : mode == Mode::code32 ? 32 : 16; }
 
+/// The XCR0 components that take part where the host has them: x87, SSE, AVX, AVX-512.
+inline constexpr u64 compared_state = 0xe7;
+
 struct Registers {
   u64 gpr[16];
   u64 rip, rflags;

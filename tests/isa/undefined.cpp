@@ -2,6 +2,7 @@
 
 #include "isa/forms.h"
 #include "x86/state.h"
+#include "x86/x87_environment.h"
 
 namespace anykvm::isa {
 
@@ -55,30 +56,20 @@ u64 undefined_flags_of(ZydisMnemonic mnemonic) {
 }
 
 Leniency leniency_of(const Case& c, const Outcome& host) {
-  Leniency leniency{.x87_pointers = true, .in_use = true};
-  if (host.trap == 13) {
+  constexpr u8 exception_summary = 0x80;
+  Leniency leniency{.x87_pointers = x86::x87_behaviour().drops_pointers && !(host.out.fx[2] & exception_summary)};
+  engine::Decoded decoded;
+  const auto& [d, operands] = decoded;
+  const u64 culprit = host.out.rip - c.in.rip;
+  if ((host.trap == 13 || is_of_access(host.trap)) && culprit < c.code_length &&
+      decode(c.mode, c.code + culprit, unsigned(c.code_length - culprit), decoded)) {
     // AMD counts the two immediate bytes of EXTRQ, which has this opcode, whatever the prefix.
-    const u64 at = host.out.rip - c.in.rip;
-    ZydisDecodedInstruction d;
-    Operands operands;
-    if (at < c.code_length && decode(c.mode, c.code + at, unsigned(c.code_length - at), d, operands))
-      leniency.too_long = d.mnemonic == ZYDIS_MNEMONIC_VMREAD && d.length + 2 > 15;
-  }
-  if (is_of_access(host.trap)) {
-    const u64 at = host.out.rip - c.in.rip;
-    ZydisDecodedInstruction d;
-    Operands operands;
-    if (at < c.code_length && decode(c.mode, c.code + at, unsigned(c.code_length - at), d, operands))
-      leniency.several_parts = accesses_parts(d, operands);
+    leniency.too_long = host.trap == 13 && d.mnemonic == ZYDIS_MNEMONIC_VMREAD && d.length + 2 > 15;
+    leniency.several_parts = is_of_access(host.trap) && accesses_parts(d, operands);
   }
   if (c.mode == Mode::code64) return leniency;
-  for (unsigned at = 0; at < c.code_length;) {
-    ZydisDecodedInstruction d;
-    Operands operands;
-    if (!decode(c.mode, c.code + at, c.code_length - at, d, operands)) break;
+  for (unsigned at = 0; at < c.code_length && decode(c.mode, c.code + at, c.code_length - at, decoded); at += d.length)
     leniency.flags |= undefined_flags_of(d.mnemonic);
-    at += d.length;
-  }
   return leniency;
 }
 
@@ -109,9 +100,7 @@ bool has_erratum(const ZydisDecodedInstruction& d, const Operands& operands) {
 bool ignores_alignment(ZydisMnemonic mnemonic) {
   switch (mnemonic) {
     case ZYDIS_MNEMONIC_VDPPS: return true;  // the host does not check
-    case ZYDIS_MNEMONIC_MASKMOVDQU:          // the host checks before it looks whether there is anything to store
-    case ZYDIS_MNEMONIC_VMASKMOVDQU: return true;
-    case ZYDIS_MNEMONIC_FXSAVE:  // #AC instead of #GP, as the manuals allow
+    case ZYDIS_MNEMONIC_FXSAVE:              // #AC instead of #GP, as the manuals allow
     case ZYDIS_MNEMONIC_FXSAVE64:
     case ZYDIS_MNEMONIC_FXRSTOR:
     case ZYDIS_MNEMONIC_FXRSTOR64: return true;

@@ -7,8 +7,7 @@ namespace anykvm::isa {
 
 struct Leniency {
   u64 flags = 0;               ///< bits of RFLAGS
-  bool x87_pointers = false;   ///< FOP, FIP, FDP
-  bool in_use = false;         ///< XINUSE
+  bool x87_pointers = false;   ///< FOP, FIP, FDP, which the host's XSAVE drops without a pending exception
   bool too_long = false;       ///< #GP for more than 15 bytes instead of #UD
   bool several_parts = false;  ///< which of #PF, #GP, #SS and #AC, and a page fault's address and direction
 };
@@ -29,8 +28,8 @@ struct Selectors {
 };
 Selectors x87_selectors(const ZydisDecodedInstruction& d, unsigned operand_bits);
 
-/// Zen 4 lets EVEX instructions that read a general register (VPBROADCASTW zmm, esp) see RSP as it was before a PUSH or
-/// POP: what the host does is not what the guest should see.
+/// Behind an instruction that moves RSP. Zen 4 lets EVEX instructions that read a general register (VPBROADCASTW zmm,
+/// esp) see RSP as it was before a PUSH or POP: what the host does is not what the guest should see.
 bool has_erratum(const ZydisDecodedInstruction& d, const Operands& operands);
 
 /// Instructions that treat RFLAGS.AC in ways of their own: they run without it.

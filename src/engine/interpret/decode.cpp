@@ -56,8 +56,6 @@ void fill_operands(const Decoded& d, Instruction& out) {
         const bool write = operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
         out.has_memory = true;
         out.segment = segment_of(operand.mem.segment);
-        // To the decoder 3E before a near indirect branch is CET's; it names DS all the same.
-        if (out.code_bits != 64 && d.instruction.attributes & ZYDIS_ATTRIB_HAS_NOTRACK) out.segment = x86::ds;
         out.base = gpr_number(operand.mem.base);
         out.index = gpr_number(operand.mem.index);
         out.scale_shift = u8(operand.mem.scale == 8 ? 3 : operand.mem.scale == 4 ? 2 : operand.mem.scale == 2 ? 1 : 0);

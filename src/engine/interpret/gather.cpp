@@ -15,7 +15,8 @@ bool selected(const u8* mask, unsigned element, unsigned bytes) { return mask[(e
 
 /// Gathers and scatters, which access one element after the other. operand_bytes: data element; alignment: index
 /// element; memory_bytes: how many elements; reg[0]: data; reg[1]: mask, a vector's signs (AVX2) or an opmask
-/// (AVX-512). A fault keeps the elements that are done: their mask bits are clear.
+/// (AVX-512). A fault keeps the elements that are done: their mask bits are clear. A pending single step is taken in
+/// front of it. Alignment is not checked.
 template <bool opmask, Access access>
 Result element_by_element(Context& c, const Instruction& i) {
   ANYKVM_TRY(check_unit(c, i));
@@ -24,16 +25,29 @@ Result element_by_element(Context& c, const Instruction& i) {
   u8* mask = vector(c, i.reg[1].index);
   u64& bits = c.cpu.state.fpu.opmask[i.reg[1].index & 7];
   const u8* indices = vector(c, unsigned(i.index));
+  const x86::Privilege rights = unaligned_rights(c);
+  const auto transfer = [&](unsigned n) {
+    u64 index = 0;
+    std::memcpy(&index, indices + n * index_bytes, index_bytes);
+    u64 offset = u64(s64(i.displacement)) + (sign_extend(index, index_bytes) << i.scale_shift);
+    if (i.base >= 0) offset += c.cpu.state.gpr[i.base];
+    Gva gva;
+    ANYKVM_TRY(linear_address(c, i.segment, offset & size_mask(i.address_bytes), bytes, access, gva));
+    return access == Access::read ? c.cpu.read_as(gva, data + n * bytes, bytes, rights)
+                                  : c.cpu.write_as(gva, data + n * bytes, bytes, rights);
+  };
+  bool any = false;
   for (unsigned n = 0; n < count; ++n) {
     if (opmask ? bits >> n & 1 : selected(mask, n, bytes)) {
-      u64 index = 0;
-      std::memcpy(&index, indices + n * index_bytes, index_bytes);
-      u64 offset = u64(s64(i.displacement)) + (sign_extend(index, index_bytes) << i.scale_shift);
-      if (i.base >= 0) offset += c.cpu.state.gpr[i.base];
-      Gva gva;
-      ANYKVM_TRY(linear_address(c, i.segment, offset & size_mask(i.address_bytes), bytes, access, gva));
-      ANYKVM_TRY(access == Access::read ? c.cpu.read(gva, data + n * bytes, bytes)
-                                        : c.cpu.write(gva, data + n * bytes, bytes));
+      if (const Result result = transfer(n); result != Result::ok) {
+        if (!any) return result;
+        // AVX-512's loads have written registers of their vector length by then.
+        if (opmask && access == Access::read) zero_above(c, i.reg[0].index, count * std::max(bytes, index_bytes));
+        if (result != Result::fault || !(c.cpu.state.other_flags & x86::flag::tf)) return result;
+        c.next_rip = c.cpu.state.rip;
+        return Result::ok;
+      }
+      any = true;
     }
     if (opmask)
       bits &= ~(1ull << n);

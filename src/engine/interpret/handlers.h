@@ -59,9 +59,8 @@ inline x86::Result run_native(Context& c, const Instruction& i, void* memory) {
   return c.host_exception == Context::no_exception ? x86::Result::ok : host_exception(c, i);
 }
 
-/// Whether a mask chooses which elements of its memory operand it accesses, and how such an instruction is executed.
-bool is_masked(const Decoded&);
-x86::Result masked_memory(Context&, const Instruction&);
+/// For an instruction with native code whose mask chooses which elements of its memory operand it accesses.
+Handler select_masked(const Decoded&, Instruction&);
 
 /// Whether an x87 instruction reports an exception that waits.
 bool waits_for_x87(ZydisMnemonic);

@@ -23,12 +23,12 @@ class ProbePages {
   ProbePages(const ProbePages&) = delete;
   ProbePages& operator=(const ProbePages&) = delete;
 
-  /// Where an operand that begins on an accessible page or not, and ends on one or not, lies as it does in the guest.
-  /// It crosses a page: the second page is the other.
-  u8* place(Gva gva, bool first, bool last, bool crosses) const {
-    const unsigned page = first ? (last || !crosses ? 0 : 1) : (last && crosses ? 3 : 2);
-    return at_ + page * page_size + (gva & ~page_mask);
-  }
+  /// Where an operand can be accessed, or cannot, that lies on its page as it does at gva.
+  u8* shown(Gva gva) const { return at_ + (gva & ~page_mask); }
+  u8* hidden(Gva gva) const { return at_ + 2 * page_size + (gva & ~page_mask); }
+  /// Where an operand can be accessed only in front of its byte `end`, or from its byte `begin` on.
+  u8* shown_up_to(unsigned end) const { return at_ + 2 * page_size - end; }
+  u8* shown_from(unsigned begin) const { return at_ + 4 * page_size - begin; }
   bool contains(const void* address) const {
     const auto at = static_cast<const u8*>(address);
     return at >= at_ && at < at_ + pages * page_size;

@@ -334,8 +334,7 @@ Handler select_native(const Decoded& d, Instruction& out, std::span<u8> code) {
     out.immediate = (d.instruction.opcode & 7) << 8 | out.bytes[d.instruction.raw.modrm.offset];
   }
   if (!out.has_memory) return unit_register;
-  if (is_masked(d)) return masked_memory;
-  return unit_memory;
+  return select_masked(d, out) ?: unit_memory;
 }
 
 }  // namespace anykvm::engine

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "engine/interpret/instruction.h"
+#include "engine/native/decoded.h"
 
 namespace anykvm::engine {
 
@@ -65,13 +66,23 @@ inline u64 effective_offset(const Context& c, const Instruction& i) {
 inline Result linear_address(Context& c, x86::SegmentName segment, u64 offset, unsigned size, Access access, Gva& out) {
   if (c.cpu.state.code_bits == 64) [[likely]] {
     out = offset;
-    if (segment >= x86::fs) out += c.cpu.state.segment[segment].base;
+    if (segment >= x86::fs) {
+      out += c.cpu.state.segment[segment].base;
+      // AMD's check the offset, too.
+      if (!is_canonical(offset) && !c.cpu.canonical(offset) && host_is_amd()) [[unlikely]]
+        return c.cpu.gp();
+    }
     if ((!is_canonical(out) || !is_canonical(out + size - 1)) &&
         (!c.cpu.canonical(out) || !c.cpu.canonical(out + size - 1))) [[unlikely]]
       return c.cpu.raise(segment == x86::ss ? x86::exception::ss : x86::exception::gp, 0);
     return Result::ok;
   }
   return c.cpu.linear(segment, offset, size, access, out);
+}
+
+/// For accesses whose alignment is not checked.
+inline x86::Privilege unaligned_rights(const Context& c) {
+  return c.cpu.data_privilege == x86::Privilege::user_aligned ? x86::Privilege::user : c.cpu.data_privilege;
 }
 
 inline Result memory_address(Context& c, const Instruction& i, unsigned size, Access access, Gva& out) {

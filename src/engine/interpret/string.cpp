@@ -179,8 +179,8 @@ Result compare_strings(Context& c, const Instruction& i) {
       ANYKVM_TRY(destination_address(c, i, i.operand_bytes, Access::read, at));
       return c.cpu.read(at, &right, i.operand_bytes);
     };
-    // Where both fault, the processor reports the one at ES:rDI, but for REP CMPSB, which goes by another way.
-    if (i.repeat != Repeat::none && i.operand_bytes == 1) {
+    // Where both fault, the processor reports the one at ES:rDI, but for REPE CMPSB, which goes by another way.
+    if (i.repeat == Repeat::while_equal && i.operand_bytes == 1) {
       ANYKVM_TRY(read_source());
       ANYKVM_TRY(read_destination());
     } else {

@@ -36,6 +36,11 @@ Result move_from_control(Context& c, const Instruction& i) {
   write_register(c, {u8(i.immediate), 0}, c.cpu.state.code_bits == 64 ? 8 : 4, value);
   return Result::ok;
 }
+/// LOCK MOV CR0, which is CR8 in any mode.
+template <Handler move>
+Result move_by_lock(Context& c, const Instruction& i) {
+  return c.cpu.cpuid.has(x86::Feature::alt_mov_cr8) ? move(c, i) : c.cpu.ud();
+}
 Result move_to_debug(Context& c, const Instruction& i) {
   ANYKVM_TRY(privileged(c));
   return c.cpu.write_dr(unsigned(i.selector),
@@ -382,8 +387,9 @@ Handler select_control_move(const Decoded& d, Instruction& out) {
     out.immediate = s64(d.register_id(1 - n));
     return true;
   };
-  if (matches(0, ZYDIS_REGCLASS_CONTROL)) return move_to_control;
-  if (matches(1, ZYDIS_REGCLASS_CONTROL)) return move_from_control;
+  const bool locked = d.instruction.attributes & ZYDIS_ATTRIB_HAS_LOCK;
+  if (matches(0, ZYDIS_REGCLASS_CONTROL)) return locked ? move_by_lock<move_to_control> : move_to_control;
+  if (matches(1, ZYDIS_REGCLASS_CONTROL)) return locked ? move_by_lock<move_from_control> : move_from_control;
   if (matches(0, ZYDIS_REGCLASS_DEBUG)) return move_to_debug;
   if (matches(1, ZYDIS_REGCLASS_DEBUG)) return move_from_debug;
   return nullptr;

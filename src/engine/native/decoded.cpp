@@ -2,6 +2,9 @@
 
 #include <cpuid.h>
 
+#include <algorithm>
+#include <cstring>
+
 namespace anykvm::engine {
 
 namespace {
@@ -40,6 +43,46 @@ void correct_baseless_sib(Decoded& d) {
   }
 }
 
+/// To Zydis 3E before a near indirect branch is CET's; it names DS all the same.
+void correct_notrack(Decoded& d, unsigned code_bits) {
+  if (code_bits != 64 && d.instruction.attributes & ZYDIS_ATTRIB_HAS_NOTRACK && d.is_memory(0))
+    d.operands[0].mem.segment = ZYDIS_REGISTER_DS;
+}
+
+ZyanStatus decode_with(const u8* bytes, unsigned available, unsigned code_bits, Decoded& out) {
+  return ZydisDecoderDecodeFull(&decoder_for(code_bits), bytes, available, &out.instruction, out.operands);
+}
+
+/// AMD's way to CR8 outside 64-bit mode (CPUID AltMovCr8): LOCK MOV CR0, which Zydis refuses. bytes: a copy.
+ZyanStatus decode_locked_control_move(u8* bytes, unsigned available, unsigned code_bits, Decoded& out) {
+  u8* const end = bytes + available;
+  u8* const prefixes_end = std::find_if_not(bytes, end, is_legacy_prefix);
+  u8* opcode = prefixes_end;
+  if (code_bits == 64 && opcode < end && (*opcode & 0xf0) == 0x40) ++opcode;
+  if (end - opcode < 3 || opcode[0] != 0x0f || (opcode[1] & ~2) != 0x20) return ZYDIS_STATUS_DECODING_ERROR;
+  std::replace(bytes, prefixes_end, u8(0xf0), u8(0x3e));  // which means nothing to it
+  if (const ZyanStatus status = decode_with(bytes, available, code_bits, out); !ZYAN_SUCCESS(status)) return status;
+  for (unsigned n = 0; n < 2; ++n)
+    if (out.operands[n].reg.value == ZYDIS_REGISTER_CR0) {
+      out.operands[n].reg.value = ZYDIS_REGISTER_CR8;
+      out.instruction.attributes |= ZYDIS_ATTRIB_HAS_LOCK;
+      return ZYAN_STATUS_SUCCESS;
+    }
+  return ZYDIS_STATUS_DECODING_ERROR;
+}
+
+/// EVEX.b with register operands where it chooses no rounding: reserved to the manuals and Zydis; some processors
+/// execute the instruction as if it were 0. The host knows whether it does. bytes: a copy.
+ZyanStatus decode_reserved_rounding(u8* bytes, unsigned available, unsigned code_bits, Decoded& out) {
+  u8* const end = bytes + available;
+  u8* const evex = std::find_if_not(bytes, end, is_legacy_prefix);
+  constexpr u8 b = 0x10;
+  if (end - evex < 6 || evex[0] != 0x62 || (code_bits != 64 && evex[1] < 0xc0) || !(evex[3] & b) || evex[5] < 0xc0)
+    return ZYDIS_STATUS_DECODING_ERROR;
+  evex[3] &= u8(~b);
+  return decode_with(bytes, available, code_bits, out);
+}
+
 }  // namespace
 
 bool host_is_amd() {
@@ -50,11 +93,37 @@ bool host_is_amd() {
   return amd;
 }
 
+bool is_legacy_prefix(u8 byte) {
+  switch (byte) {
+    case 0x26:
+    case 0x2e:
+    case 0x36:
+    case 0x3e:
+    case 0x64:
+    case 0x65:
+    case 0x66:
+    case 0x67:
+    case 0xf0:
+    case 0xf2:
+    case 0xf3: return true;
+    default: return false;
+  }
+}
+
 ZyanStatus decode_instruction(const u8* bytes, unsigned available, unsigned code_bits, Decoded& out) {
-  const ZyanStatus status =
-      ZydisDecoderDecodeFull(&decoder_for(code_bits), bytes, available, &out.instruction, out.operands);
-  if (ZYAN_SUCCESS(status)) correct_baseless_sib(out);
-  return status;
+  available = std::min<unsigned>(available, ZYDIS_MAX_INSTRUCTION_LENGTH);
+  ZyanStatus status = decode_with(bytes, available, code_bits, out);
+  for (const auto otherwise : {decode_locked_control_move, decode_reserved_rounding}) {
+    if (ZYAN_SUCCESS(status) || status == ZYDIS_STATUS_NO_MORE_DATA || status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG)
+      break;
+    u8 copy[ZYDIS_MAX_INSTRUCTION_LENGTH];
+    std::memcpy(copy, bytes, available);
+    status = otherwise(copy, available, code_bits, out);
+  }
+  if (!ZYAN_SUCCESS(status)) return status;
+  correct_baseless_sib(out);
+  correct_notrack(out, code_bits);
+  return ZYAN_STATUS_SUCCESS;
 }
 
 }  // namespace anykvm::engine

@@ -34,7 +34,11 @@ inline bool is_mask_move(ZydisMnemonic mnemonic) {
          mnemonic == ZYDIS_MNEMONIC_VMASKMOVDQU;
 }
 
-/// Decodes one instruction of 16-, 32- or 64-bit code from at most 15 bytes. Returns Zydis' status.
+/// Segment overrides, 66, 67, LOCK, REPNE, REP. Not REX.
+bool is_legacy_prefix(u8 byte);
+
+/// Decodes one instruction of 16-, 32- or 64-bit code; bytes behind the fifteenth are not looked at. Returns Zydis'
+/// status.
 ZyanStatus decode_instruction(const u8* bytes, unsigned available, unsigned code_bits, Decoded& out);
 
 /// Where the vendors differ, the guest sees the host's behaviour.

@@ -204,23 +204,6 @@ int pick(std::initializer_list<int> candidates, u32 used) {
   return -1;
 }
 
-bool is_legacy_prefix(u8 byte) {
-  switch (byte) {
-    case 0x26:
-    case 0x2e:
-    case 0x36:
-    case 0x3e:
-    case 0x64:
-    case 0x65:
-    case 0x66:
-    case 0x67:
-    case 0xf0:
-    case 0xf2:
-    case 0xf3: return true;
-    default: return false;
-  }
-}
-
 /// Emits the instruction itself: same opcode, memory operand [memory_register], guest RSP renamed, and the operand size
 /// and the ignored bits of 16- and 32-bit code expressed the way 64-bit mode wants them. other_size is for those
 /// instructions whose operand size is not what their mode and prefixes say.

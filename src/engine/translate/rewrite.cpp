@@ -1,5 +1,7 @@
 #include "engine/translate/rewrite.h"
 
+#include "engine/native/decoded.h"
+
 namespace anykvm::engine::translate {
 
 int general_register(const ZydisDecodedOperand& operand) {
@@ -54,7 +56,7 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
     } else if (b == 0x66 || b == 0xf2 || b == 0xf3 || b == 0xf0) {
       a.byte(b);
       rex = 0;
-    } else if (b == 0x26 || b == 0x2e || b == 0x36 || b == 0x3e || b == 0x64 || b == 0x65 || b == 0x67) {
+    } else if (is_legacy_prefix(b)) {
       rex = 0;
     } else {
       break;
