@@ -25,9 +25,10 @@ struct Part {
 /// operand_bytes: an element in memory.
 class MaskedOperand {
  public:
-  MaskedOperand(Context& c, const Instruction& i)
+  MaskedOperand(Context& c, const Instruction& i, bool may_be_unaligned)
       : c_(c),
         i_(i),
+        checks_alignment_(!may_be_unaligned && c.cpu.data_privilege == x86::Privilege::user_aligned),
         offset_(effective_offset(c, i)),
         size_(i.memory_bytes),
         access_(i.use == Cpu::Use::read ? Access::read : Access::write) {
@@ -73,9 +74,9 @@ class MaskedOperand {
     mask = before;
     return reads_whole;
   }
-  /// Alignment checks are of an element's size, or of the operand's. AVX's masked moves have none.
+  /// Alignment checks are of an element's size, or of the operand's.
   bool is_aligned_for_user() {
-    if (c_.cpu.data_privilege != x86::Privilege::user_aligned || i_.unit == Unit::avx) return true;
+    if (!checks_alignment_) return true;
     if (gva_ & (i_.operand_bytes - 1u)) return false;
     return size_ < 16 || !(gva_ & 15) || !is_read_whole();
   }
@@ -213,6 +214,7 @@ class MaskedOperand {
 
   Context& c_;
   const Instruction& i_;
+  const bool checks_alignment_;
   const u64 offset_;
   const unsigned size_;
   const Access access_;
@@ -248,7 +250,7 @@ void enter_mmx_mode(x86::FpuState& fpu) {
   image[4] = 0xff;  // nothing is empty
 }
 
-Result masked_memory(Context& c, const Instruction& i) {
+Result access_masked(Context& c, const Instruction& i, bool may_be_unaligned) {
   ANYKVM_TRY(check_unit(c, i));
   note_x87(c, i);
   const X87Pointers pointers(c, i);
@@ -257,7 +259,8 @@ Result masked_memory(Context& c, const Instruction& i) {
   u8* host = nullptr;
   if (memory_address(c, i, i.memory_bytes, access, gva) == Result::ok && !(i.alignment && gva & (i.alignment - 1u)))
     host = c.cpu.mmu.lookup(gva, i.memory_bytes, access, c.cpu.data_privilege);
-  if (const Result result = host ? run_native(c, i, host) : MaskedOperand(c, i).execute(); result != Result::ok) {
+  if (const Result result = host ? run_native(c, i, host) : MaskedOperand(c, i, may_be_unaligned).execute();
+      result != Result::ok) {
     if (i.unit == Unit::mmx) enter_mmx_mode(c.cpu.state.fpu);
     return result;
   }
@@ -265,12 +268,14 @@ Result masked_memory(Context& c, const Instruction& i) {
   return Result::ok;
 }
 
-/// VMASKMOV and VPMASKMOV. Their elements' offsets wrap one by one where the address size ends. reg: destination and
-/// mask of a load, mask and source of a store.
+Result masked_memory(Context& c, const Instruction& i) { return access_masked(c, i, false); }
+
+/// VMASKMOV and VPMASKMOV, whose alignment is not checked. Their elements' offsets wrap one by one where the address
+/// size ends. reg: destination and mask of a load, mask and source of a store.
 Result masked_move(Context& c, const Instruction& i) {
   const u64 offset = effective_offset(c, i), offsets = size_mask(i.address_bytes);
   if (i.address_bytes == 8 || offset + i.memory_bytes - 1 <= offsets) [[likely]]
-    return masked_memory(c, i);
+    return access_masked(c, i, true);
   ANYKVM_TRY(check_unit(c, i));
   const bool loads = i.use == Cpu::Use::read;
   const unsigned bytes = i.operand_bytes;

@@ -50,6 +50,14 @@ namespace {
 /// Whether some exception that the instruction could raise is unmasked.
 bool may_not_store(const Context& c, const Instruction& i) { return i.uses_mxcsr && ~c.cpu.state.fpu.mxcsr & 0x1f80; }
 
+/// Stores of 64 bytes are two of 32: where the second violates segmentation, the first may still meet a page fault.
+Result refuse_store_of_halves(Context& c, const Instruction& i, x86::Operand& operand) {
+  Gva gva;
+  ANYKVM_TRY(memory_address(c, i, 32, Access::write, gva));
+  ANYKVM_TRY(c.cpu.open_operand(gva, 32, i.use, operand));
+  return memory_address(c, i, 64, Access::write, gva);
+}
+
 Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
   Gva gva = 0;
   const Result located =
@@ -58,7 +66,8 @@ Result open_memory(Context& c, const Instruction& i, x86::Operand& operand) {
   const bool misaligned = i.alignment && gva & (i.alignment - 1u);
   if (misaligned && !(i.mxcsr_may_misalign && c.cpu.state.fpu.mxcsr & mxcsr_mm)) [[unlikely]]
     return c.cpu.gp();
-  ANYKVM_TRY(located);
+  if (located != Result::ok) [[unlikely]]
+    return i.use == Cpu::Use::write && i.memory_bytes == 64 ? refuse_store_of_halves(c, i, operand) : located;
   if (misaligned) [[unlikely]] {
     ANYKVM_TRY(c.cpu.open_operand(gva, i.memory_bytes, Cpu::Use::read, operand));
     // The host's MXCSR is not the guest's where an instruction has no use for it.
