@@ -53,7 +53,6 @@ class LegacyGenerator : public Generator {
     std::memset(&memory_[at_ + TEST_CODE], 0xcc, TEST_CODE_SIZE);
     code_ = at_ + TEST_CODE;
     patches_ = 0;
-    steps_ = false;
     put<u32>(at_ + TEST_CR0, 0x31);
     for (unsigned i = 0; i < 7; ++i) put<u32>(at_ + TEST_GPR + 4 * i, u32(random_()));
   }
@@ -303,12 +302,7 @@ class LegacyGenerator : public Generator {
     if (v86_) return 0x0c00;
     return below(4) ? likely[below(18)] : selector();
   }
-  u32 flags_image() {
-    const u32 flags = flags_value();
-    if (flags & 0x100) steps_ = true;
-    return flags;
-  }
-  u32 flags_value() { return 2 | (u32(random_()) & 0x044dd5 & ~(below(4) ? 0x4100u : 0)) | below(4) << 12; }
+  u32 flags_image() { return 2 | (u32(random_()) & 0x044dd5 & ~(below(4) ? 0x4100u : 0)) | below(4) << 12; }
 
   void paging_access(bool pae) {
     // A jump leads to 256 bytes of a page that nothing is stored to: code made of what tests leave behind would have
@@ -415,8 +409,8 @@ class LegacyGenerator : public Generator {
       case 13: {
         static constexpr u8 plain[] = {0xce, 0xfa, 0xfb, 0xf4};
         const u8 opcode = plain[below(4)];
-        // TCG loses the step behind STI. A HLT at CPL 0 would not come back.
-        byte((opcode == 0xf4 && (at_frame(4) & 3) == 0 && !v86_) || (opcode == 0xfb && steps_) ? 0xfa : opcode);
+        // A HLT at CPL 0 would not come back.
+        byte(opcode == 0xf4 && (at_frame(4) & 3) == 0 && !v86_ ? 0xfa : opcode);
         break;
       }
       case 14: wide(), byte(0x9c); break;
@@ -459,7 +453,7 @@ class LegacyGenerator : public Generator {
   }
 
   u32 code_ = 0;
-  bool v86_ = false, code16_ = false, steps_ = false;
+  bool v86_ = false, code16_ = false;
 };
 
 constexpr Field log_fields[] = {

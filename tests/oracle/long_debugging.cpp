@@ -37,7 +37,7 @@ void LongGenerator::debugged(Emitter& code) {
   // Aligned: unaligned stores meet TCG's watchpoints all over the page.
   static constexpr u64 data[] = {LONG_USER_STACK, LONG_USER_STACK + 4, LONG_SUPER_DATA + 0x800, LONG_SUPER_DATA + 0xc};
   const u64 address = bits_ == 64 && below(4) == 0 ? window + 8 + below(3) * 4 : any_of(data) - base_;
-  switch (below(14)) {
+  switch (below(15)) {
     case 0: code.bytes({0x90}); break;
     case 1: code.load(0, address).prefix_for_rax().bytes({0x8b, 0x08}); break;
     case 2: code.load(0, address).prefix_for_rax().bytes({0x89, 0x08}); break;
@@ -54,7 +54,8 @@ void LongGenerator::debugged(Emitter& code) {
         code.load(0, cpl_ == 3 ? (bits_ == 16 ? data16_r3 : data_r3) : data_r0).bytes({0x8e, 0xd0});
       break;
     case 12: code.bytes({0xcd, 0x50}); break;
-    default:  // a string operation
+    case 13: code.bytes({any_of({0xfbu, 0xfbu, 0xfau})}); break;  // STI, whose shadow is for interrupts, CLI
+    default:                                                      // a string operation
       code.load(1, 2).load(7, address).bytes({0xf3, any_of({0xaau, 0xabu})});
       break;
   }

@@ -84,9 +84,11 @@ Mistake mistakes[] = {
        return is(d, "vector") && c.mine.vector == 12 && c.other.vector == 11 && c.mine.error == c.other.error &&
               c.mine.rip == c.other.rip;
      }},
-    {"loses the step behind LSS; only MOV and POP to SS hold traps back (volume 3, 6.8.3)",
-     [](const Case& c, const Difference&) {
-       return c.mine.vector == 1 && c.other.vector != 1 && follows(c, 0x0f, 0xb2);
+    {"loses the step behind LSS and STI; only MOV and POP to SS hold traps back (volume 3, 6.8.3)",
+     [](const Case& c, const Difference& d) {
+       const std::span<const u8> before = c.guest.code_at(c.test, c.mine.cs, c.mine.rip - 1);
+       const bool follows_sti = !before.empty() && before[0] == 0xfb && (c.mine.rip != c.other.rip || is(d, "dr6"));
+       return c.mine.vector == 1 && (follows_sti || (c.other.vector != 1 && follows(c, 0x0f, 0xb2)));
      }},
     {"SYSCALL clears the arithmetic flags; those that SFMASK names (volume 2, SYSCALL)",
      [](const Case& c, const Difference& d) {
@@ -216,7 +218,7 @@ Mistake mistakes[] = {
      }},
     {"meets instruction breakpoints behind MOV SS; they are held back (volume 3, 6.8.3)",
      [](const Case& c, const Difference&) {
-       return c.other.vector == 1 && c.mine.rip != c.other.rip &&
+       return c.other.vector == 1 && (c.mine.rip != c.other.rip || c.mine.vector != 1) &&
               begins_with(c.guest.code_at(c.test, c.other.cs, c.other.rip - 2), 0x8e, 0xd0);
      }},
     {"delivers a step and the data breakpoint of its instruction one on top of the other; one #DB (volume 3, 6.9)",
