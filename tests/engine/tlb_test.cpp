@@ -1,4 +1,4 @@
-// Which translations may outlive a change of the page tables: random changes, invalidations and loads, executed,
+// Which translations may outlive a change of the page tables: random changes, invalidations, loads and jumps, executed,
 // against a model of what the manual lets a processor keep. Reference: Intel SDM volume 3, 4.10.
 #include <gtest/gtest.h>
 
@@ -15,15 +15,24 @@ using x86::rax, x86::rcx, x86::rdx;
 namespace pte = x86::pte;
 namespace cr4 = x86::cr4;
 
-/// A page that holds `n` says so in its word at `mark`. Four pages of 4 KiB and, as the last, one of 2 MiB.
+/// Four pages of 4 KiB and, as the last, one of 2 MiB. Each shows one of two frames, which says in a word, and in code
+/// that loads RDX, which it is. More code jumps to the next page's.
 class TlbTest : public testing::TestWithParam<Kind>, protected x86::LongMode {
  protected:
   static constexpr unsigned pages = 5, large = 4, spaces = 2, pcids = 3;
   static constexpr Gva window = 1ull << 39;
   static constexpr Gpa frames = 0x300000, mark = 0x1f0100;
+  static constexpr unsigned to_code = 0x40, to_jump = 0x80;   // from the word
   static constexpr Gpa space[spaces] = {0x100000, 0x110000};  // PML4, PDPT, PD, PT
   static constexpr u64 no_flush = 1ull << 63, keep_bits = pte::p | pte::w | pte::a | pte::d;
-  enum Snippet : u64 { load = 0x5000, set_cr3 = 0x5010, set_cr4 = 0x5020, invlpg = 0x5030, invpcid = 0x5040 };
+  enum Snippet : u64 {
+    load = 0x5000,
+    jump = 0x5060,
+    set_cr3 = 0x5010,
+    set_cr4 = 0x5020,
+    invlpg = 0x5030,
+    invpcid = 0x5040
+  };
 
   TlbTest() {
     static const u8 never = 0;
@@ -36,6 +45,7 @@ class TlbTest : public testing::TestWithParam<Kind>, protected x86::LongMode {
     };
     for (u8 vector = 0; vector < 32; ++vector) code(0x6000 + vector * 16, {});
     code(load, {0x48, 0x8b, 0x11});                 // mov rdx, [rcx]
+    code(jump, {0xff, 0xe1});                       // jmp rcx
     code(set_cr3, {0x0f, 0x22, 0xd8});              // mov cr3, rax
     code(set_cr4, {0x0f, 0x22, 0xe0});              // mov cr4, rax
     code(invlpg, {0x0f, 0x01, 0x39});               // invlpg [rcx]
@@ -47,8 +57,14 @@ class TlbTest : public testing::TestWithParam<Kind>, protected x86::LongMode {
                          (space[s] + (level + 1) * page_size) | keep_bits | pte::u);
       for (unsigned page = 0; page < pages; ++page) set_entry(s, page, page & 1, page == 0);
     }
-    for (unsigned n = 0; n < 8; ++n) machine.put<u64>(frames + n * page_size + (mark & ~page_mask), n);
-    for (unsigned n = 0; n < 2; ++n) machine.put<u64>((n << 21) + mark, n);
+    const auto frame = [&](Gpa word, u8 n) {
+      machine.put<u64>(word, n);
+      code(word + to_code, {0xba, n, 0, 0, 0});  // mov edx, n
+      code(word + to_jump, {0xe9});              // jmp
+      machine.put<u32>(word + to_jump + 1, u32(page_size + to_code - to_jump - 5));
+    };
+    for (u8 n = 0; n < 8; ++n) frame(frames + n * page_size + (mark & ~page_mask), n);
+    for (u8 n = 0; n < 2; ++n) frame((Gpa(n) << 21) + mark, n);
     engine = make(GetParam());
   }
 
@@ -70,7 +86,7 @@ class TlbTest : public testing::TestWithParam<Kind>, protected x86::LongMode {
     cpu.state.rip = at;
     engine->run(cpu);
     EXPECT_EQ(cpu.exit.kind, x86::ExitKind::halt);
-    return cpu.state.rip < 0x6000;
+    return cpu.state.rip < 0x6000 || cpu.state.rip >= window;
   }
 
   struct Entry {
@@ -105,6 +121,11 @@ TEST_P(TlbTest, KeepsNothingThatIsToGo) {
   const auto write_cr4 = [&](u64 value) {
     cpu.state.gpr[rax] = value;
     ASSERT_TRUE(run(set_cr4));
+  };
+  // What has been seen now or walked through may stay.
+  const auto use = [&](unsigned page) {
+    const Entry entry = current[now][page];
+    (entry.global && pge ? cached_global[page] : cached[pcid][page]) |= 1u << entry.n;
   };
   switch_to(0, 0, false);
   for (unsigned tries = 0; tries < 40000; ++tries) {
@@ -147,8 +168,11 @@ TEST_P(TlbTest, KeepsNothingThatIsToGo) {
         }
         break;
       default: {
-        cpu.state.gpr[rcx] = address(page);
-        ASSERT_TRUE(run(load));
+        // A load, a jump there, a jump there from the page before.
+        const unsigned way = below(page == 0 || page == large ? 2 : 3);
+        cpu.state.gpr[rcx] = address(page) + (way == 0 ? 0 : way == 1 ? to_code : to_jump - page_size);
+        ASSERT_TRUE(run(way == 0 ? load : jump));
+        if (way == 2) use(page - 1);
         const unsigned seen = unsigned(cpu.state.gpr[rdx]) - (page == large ? 0 : 2 * page);
         const Entry entry = current[now][page];
         ASSERT_LT(seen, 2u);
@@ -156,8 +180,7 @@ TEST_P(TlbTest, KeepsNothingThatIsToGo) {
         ASSERT_TRUE(allowed >> seen & 1) << "try " << tries << ", page " << page << ": a translation that is gone";
         stale_global += seen != entry.n && !(cached[pcid][page] >> seen & 1);
         stale_in_other_space += seen != entry.n && pcid != 0;
-        // What it has seen now or walked through may stay.
-        (entry.global && pge ? cached_global[page] : cached[pcid][page]) |= 1u << entry.n;
+        use(page);
         break;
       }
     }
