@@ -127,19 +127,34 @@ TEST_P(TlbTest, KeepsNothingThatIsToGo) {
     const Entry entry = current[now][page];
     (entry.global && pge ? cached_global[page] : cached[pcid][page]) |= 1u << entry.n;
   };
+  const auto check = [&](unsigned page) {
+    // A load, a jump there, a jump there from the page before.
+    const unsigned way = below(page == 0 || page == large ? 2 : 3);
+    cpu.state.gpr[rcx] = address(page) + (way == 0 ? 0 : way == 1 ? to_code : to_jump - page_size);
+    ASSERT_TRUE(run(way == 0 ? load : jump));
+    if (way == 2) use(page - 1);
+    const unsigned seen = unsigned(cpu.state.gpr[rdx]) - (page == large ? 0 : 2 * page);
+    const Entry entry = current[now][page];
+    ASSERT_LT(seen, 2u);
+    const unsigned allowed = cached[pcid][page] | cached_global[page] | 1u << entry.n;
+    ASSERT_TRUE(allowed >> seen & 1) << "page " << page << ": a translation that is gone";
+    stale_global += seen != entry.n && !(cached[pcid][page] >> seen & 1);
+    stale_in_other_space += seen != entry.n && pcid != 0;
+    use(page);
+  };
   switch_to(0, 0, false);
-  for (unsigned tries = 0; tries < 40000; ++tries) {
-    const unsigned page = below(pages);
-    switch (below(16)) {
-      case 0: set_entry(below(spaces), page, below(2), below(2)); break;
-      case 1: switch_to(below(spaces), pcide ? below(pcids) : 0, pcide && below(3)); break;
-      case 2:
+  for (unsigned tries = 0; tries < 20000; ++tries) {
+    SCOPED_TRACE(tries);
+    const unsigned page = below(pages), action = below(24);
+    const bool invalidates = action < 5;
+    switch (action) {
+      case 0: switch_to(below(spaces), pcide ? below(pcids) : 0, pcide && below(3)); break;
+      case 1:
         cpu.state.gpr[rcx] = (address(page) & page_mask) + below(page == large ? 1 << 16 : page_size);
         ASSERT_TRUE(run(invlpg));
         forget(true, pcid, page);
         break;
-      case 3:
-      case 4: {
+      case 2: {
         const unsigned type = below(4), p = pcide ? below(pcids) : 0;
         machine.put<u64>(0x4000, type < 2 ? p : 0);
         machine.put<u64>(0x4008, address(page));
@@ -150,13 +165,13 @@ TEST_P(TlbTest, KeepsNothingThatIsToGo) {
         if (type >= 2) forget(type == 2, pcids);
         break;
       }
-      case 5:
+      case 3:
         if (below(4)) break;
         pge = !pge;
         write_cr4(cpu.state.cr4 ^ cr4::pge);
         forget(true, pcids);
         break;
-      case 6:
+      case 4:
         if (below(4)) break;
         if (!pcide && pcid) break;
         pcide = !pcide;
@@ -167,23 +182,16 @@ TEST_P(TlbTest, KeepsNothingThatIsToGo) {
           switch_to(now, 0, false);
         }
         break;
-      default: {
-        // A load, a jump there, a jump there from the page before.
-        const unsigned way = below(page == 0 || page == large ? 2 : 3);
-        cpu.state.gpr[rcx] = address(page) + (way == 0 ? 0 : way == 1 ? to_code : to_jump - page_size);
-        ASSERT_TRUE(run(way == 0 ? load : jump));
-        if (way == 2) use(page - 1);
-        const unsigned seen = unsigned(cpu.state.gpr[rdx]) - (page == large ? 0 : 2 * page);
-        const Entry entry = current[now][page];
-        ASSERT_LT(seen, 2u);
-        const unsigned allowed = cached[pcid][page] | cached_global[page] | 1u << entry.n;
-        ASSERT_TRUE(allowed >> seen & 1) << "try " << tries << ", page " << page << ": a translation that is gone";
-        stale_global += seen != entry.n && !(cached[pcid][page] >> seen & 1);
-        stale_in_other_space += seen != entry.n && pcid != 0;
-        use(page);
-        break;
-      }
+      case 5:
+      case 6:
+      case 7:
+      case 8:
+      case 9: set_entry(below(spaces), page, below(2), below(4) == 0); break;
+      default: check(page);
     }
+    if (invalidates)
+      for (unsigned each = 0; each < pages; ++each) check(each);
+    if (HasFatalFailure()) return;
   }
   EXPECT_GT(stale_global, 100u) << "the TLB keeps so little that nothing was tested";
   EXPECT_GT(stale_in_other_space, 100u);
