@@ -11,12 +11,12 @@ if(ANYKVM_SANITIZE MATCHES thread)
   set(TEST_ENVIRONMENT "TSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/tsan.supp ignore_noninstrumented_modules=1")
 endif()
 
-# A ctest entry for each case of the room's program, on the engine (empty: the default one). gtest_discover_tests() cannot pass
+# A ctest entry for each case of the room's program, on the engine ("default": whatever is). gtest_discover_tests() cannot pass
 # lists as properties: they are set by a file that ctest reads behind the one with the tests.
 function(add_cases room engine)
   set(suffix "")
   set(environment ${TEST_ENVIRONMENT})
-  if(engine)
+  if(NOT engine STREQUAL "default")
     set(suffix ".${engine}")
     list(APPEND environment "ANYKVM_ENGINE=${engine}")
   endif()
@@ -39,13 +39,16 @@ foreach(room ${TEST_ROOMS})
     target_link_libraries(${room}_tests anykvm_machine GTest::gmock GTest::gtest_main)
     target_include_directories(${room}_tests PRIVATE tests)
     target_compile_definitions(${room}_tests PRIVATE ANYKVM_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
-    add_cases(${room} "")
-    # Once more on the translator, where guests run.
-    if(room STREQUAL "oracle")
-      add_cases(${room} translate-exact)
+    # Where guests run, on both engines.
+    set(engines "default")
+    if(room MATCHES "^(oracle|isa)$")
+      set(engines interpret translate-exact)
     elseif(room MATCHES "^(vcpu|client)$")
-      add_cases(${room} translate)
+      set(engines interpret translate)
     endif()
+    foreach(engine ${engines})
+      add_cases(${room} ${engine})
+    endforeach()
   endif()
 endforeach()
 

@@ -40,7 +40,11 @@ long dispatch(const OpenFile& file, int fd, u32 number, u64 arg) {
 int open_system(int flags) {
   engine::Kind kind;
   if (const char* invalid = nullptr; !engine::default_kind(kind, &invalid)) {
-    std::fprintf(stderr, "anykvm: ANYKVM_ENGINE is '%s'; it may be interpret, translate, translate-exact, lockstep or auto\n", invalid);
+    std::fprintf(
+        stderr,
+        "anykvm: ANYKVM_ENGINE is '%s'; it may be auto, interpret or, where the processor has BMI2, translate, "
+        "translate-exact or lockstep\n",
+        invalid);
     return -EINVAL;
   }
   os::install_fault_handlers();

@@ -24,7 +24,8 @@ class SoftwareDevice final : public KvmDevice {
 std::shared_ptr<KvmDevice> KvmDevice::software(std::string_view engine) {
   engine::Kind kind;
   if (!engine::parse_kind(engine, kind))
-    throw std::invalid_argument("anykvm: no engine is called '" + std::string(engine) + "'");
+    throw std::invalid_argument("anykvm: no engine that runs on this processor is called '" + std::string(engine) +
+                                "' (all but interpret need BMI2)");
   if (!engine.empty()) engine::set_default_kind(kind);
   return std::make_shared<SoftwareDevice>();
 }

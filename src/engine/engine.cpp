@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "x86/cpuid.h"
+
 namespace anykvm::engine {
 
 namespace {
@@ -11,15 +13,17 @@ constexpr int unset = -1;
 std::atomic<int> chosen{unset};
 }  // namespace
 
+bool runs_here(Kind kind) { return kind == Kind::interpret || x86::supports(x86::Feature::bmi2); }
+
 bool parse_kind(std::string_view name, Kind& kind) {
   if (name == "auto" || name.empty()) {
-    kind = Kind::interpret;
+    kind = runs_here(Kind::translate) ? Kind::translate : Kind::interpret;
     return true;
   }
   for (const Kind each : {Kind::interpret, Kind::translate, Kind::translate_exact, Kind::lockstep}) {
     if (name != name_of(each)) continue;
     kind = each;
-    return true;
+    return runs_here(kind);
   }
   return false;
 }

@@ -45,7 +45,10 @@ std::unique_ptr<Engine> make_translator(bool exact = false);
 std::unique_ptr<Engine> make_lockstep();
 
 enum class Kind : u8 { interpret, translate, translate_exact, lockstep };
-/// A kind's name, or "auto" for what this version thinks best. false: no such engine.
+/// Whether this processor has what the engine emits: the translator needs BMI2.
+bool runs_here(Kind kind);
+/// A kind's name, or "auto" (or nothing) for the fastest that runs here. false: no such engine, or it does not run
+/// here.
 bool parse_kind(std::string_view name, Kind& kind);
 const char* name_of(Kind kind);
 

@@ -2,6 +2,7 @@
 #include "tools/engine_choice.h"
 
 #include "client/host_probe.h"
+#include "engine/engine.h"
 
 namespace anykvm::tools {
 
@@ -9,8 +10,10 @@ EngineChoice choose_engine(const std::string& wish) {
   if (wish == "host") return {.host = true, .name = "host", .reason = "asked for", .host_kvm = {}};
   if (wish != "auto") return {.host = false, .name = wish, .reason = "asked for", .host_kvm = {}};
   const HostProbe probe = probe_host_kvm();
+  engine::Kind kind = engine::Kind::interpret;
+  engine::parse_kind("auto", kind);
   return {.host = probe.serves,
-          .name = probe.serves ? "host" : "interpret",
+          .name = probe.serves ? "host" : engine::name_of(kind),
           .reason = probe.reason,
           .host_kvm = probe.reason};
 }

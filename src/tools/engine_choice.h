@@ -15,7 +15,7 @@ struct EngineChoice {
   std::string host_kvm;  ///< what the probe of /dev/kvm found; empty when it was not asked
 };
 
-/// `wish` is auto, interpret, translate, lockstep or host. Only auto asks the host.
+/// `wish` is auto, host or an engine's name (engine/engine.h). Only auto asks the host.
 EngineChoice choose_engine(const std::string& wish);
 std::shared_ptr<KvmDevice> open_engine(const EngineChoice& choice);
 

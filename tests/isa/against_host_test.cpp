@@ -11,6 +11,7 @@
 #include <map>
 
 #include "engine/engine.h"
+#include "engine/translate/translator.h"
 #include "isa/compare.h"
 #include "isa/engine_cpu.h"
 #include "isa/generator.h"
@@ -114,7 +115,10 @@ class Comparison {
   static std::unique_ptr<engine::Engine> make_engine() {
     engine::Kind kind = engine::Kind::interpret;
     (void)engine::default_kind(kind);
-    return engine::make(kind);
+    if (kind == engine::Kind::interpret) return engine::make(kind);
+    auto translator = std::make_unique<engine::translate::Translator>(kind == engine::Kind::translate_exact);
+    translator->translate_always();  // each case rewrites the page of code
+    return translator;
   }
   /// Runs one case alone; its differences.
   std::vector<Difference> judge(const Case& c) {

@@ -162,7 +162,7 @@ TEST(TimerQueue, ManyTimersFireInOrder) {
   for (int i = 0; i < count; ++i) entries.push_back({&log, i});
   std::vector<std::unique_ptr<Timer>> timers;
   for (Entry& entry : entries) timers.push_back(std::make_unique<Timer>(queue, &Entry::callback, &entry));
-  const u64 start = monotonic_ns() + 20 * ms;
+  const u64 start = monotonic_ns() + 300 * ms;  // all are armed by then
   for (int i = 0; i < count; ++i) {
     const int shuffled = i * 17 % count;
     timers[shuffled]->arm(start + static_cast<u64>(shuffled) * ms / 10);

@@ -168,12 +168,14 @@ bool is_far(const Decoded& d) { return d.instruction.meta.branch_type == ZYDIS_B
 
 }  // namespace
 
+u8 near_branch_bytes(const Decoded& d) {
+  return host_is_amd() && d.instruction.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE ? 2 : 8;
+}
+
 Handler select_branch(const Decoded& d, Instruction& out) {
   if (d.instruction.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY) return nullptr;  // Knights Corner's
-  // A near branch in 64-bit mode has a 64-bit target, but AMD's processors heed the operand-size prefix.
   const auto near = [&](Handler handler) {
-    if (out.code_bits == 64)
-      out.operand_bytes = host_is_amd() && d.instruction.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE ? 2 : 8;
+    if (out.code_bits == 64) out.operand_bytes = near_branch_bytes(d);
     return handler;
   };
   // AMD's have no far pointer with a 64-bit offset: REX.W says nothing.

@@ -3,6 +3,25 @@
 #include "engine/interpret/operands.h"
 
 namespace anykvm::engine {
+bool is_hint(const Decoded& d) {
+  switch (d.instruction.meta.category) {
+    case ZYDIS_CATEGORY_WIDENOP:
+    case ZYDIS_CATEGORY_NOP:
+    case ZYDIS_CATEGORY_PREFETCH:
+    case ZYDIS_CATEGORY_PREFETCHWT1: return true;
+    default: return false;
+  }
+}
+
+bool does_nothing(const Decoded& d) {
+  if (!is_hint(d)) return false;
+  // 0F 0D with a register: a NOP for Intel, undefined for AMD.
+  if (d.instruction.meta.category == ZYDIS_CATEGORY_WIDENOP)
+    return d.instruction.opcode_map != ZYDIS_OPCODE_MAP_0F || d.instruction.opcode != 0x0d ||
+           d.instruction.raw.modrm.mod != 3 || !host_is_amd();
+  return d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY;  // VEX-encoded prefetches: Knights Corner's only
+}
+
 namespace {
 
 template <unsigned bytes>
@@ -187,20 +206,7 @@ Handler select_move(const Decoded& d, Instruction& out) {
     case ZYDIS_MNEMONIC_LGS: return select_far_pointer(out, x86::gs);
     default: break;
   }
-  switch (d.instruction.meta.category) {
-    case ZYDIS_CATEGORY_WIDENOP:
-      // 0F 0D with a register: a NOP for Intel, undefined for AMD.
-      if (d.instruction.opcode_map == ZYDIS_OPCODE_MAP_0F && d.instruction.opcode == 0x0d && !out.has_memory &&
-          host_is_amd())
-        return undefined;
-      return no_operation;
-    case ZYDIS_CATEGORY_NOP:
-    case ZYDIS_CATEGORY_PREFETCH:
-    case ZYDIS_CATEGORY_PREFETCHWT1:
-      // VEX-encoded prefetches were Knights Corner's only.
-      return d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ? no_operation : undefined;
-    default: break;
-  }
+  if (is_hint(d)) return does_nothing(d) ? no_operation : undefined;
   switch (d.mnemonic()) {
     case ZYDIS_MNEMONIC_PAUSE:  // with REX.B it is XCHG all the same, which Zydis does not know
       if (out.code_bits == 64 && d.instruction.raw.rex.B) return exchange_with_r8;

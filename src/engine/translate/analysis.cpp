@@ -120,8 +120,10 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
   const auto plain = [&](unsigned n) {
     return !d.is_memory(n) || (d.operands[n].mem.type == ZYDIS_MEMOP_TYPE_MEM && i.address_width == 64);
   };
-  // Near branches with a 16-bit operand, which only AMD's processors have here.
-  if (i.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE && i.operand_width == 16) return Kind::step_and_end;
+  if (i.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE &&
+      (near_branch_bytes(d) != 8 || i.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY))
+    return Kind::step_and_end;
+  if (is_hint(d)) return does_nothing(d) ? Kind::nothing : Kind::step_and_end;
   switch (d.mnemonic()) {
     case ZYDIS_MNEMONIC_JMP:
       if (far) return Kind::step_and_end;
@@ -173,10 +175,6 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
       const bool is_long = i.opcode_map == ZYDIS_OPCODE_MAP_0F && (i.opcode & 0xf0) == 0x80;
       return is_short || is_long ? Kind::jump_if : Kind::step_and_end;
     }
-    case ZYDIS_CATEGORY_NOP:
-    case ZYDIS_CATEGORY_WIDENOP:
-    case ZYDIS_CATEGORY_PREFETCH:
-      return i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ? Kind::nothing : Kind::step_and_end;
     default: break;
   }
   const bool encodable = i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ||

@@ -313,7 +313,7 @@ void Translation::emit_native(const Guest& g, unsigned n) {
 void Translation::link(s32 target, bool flags_live, unsigned n) {
   if (!in_page(target)) {
     to_page_offset(address_scratch, target);
-    indirect();
+    indirect(n, guests_[n].what.kind == Kind::call ? 8 : 0);
     return;
   }
   if (target <= s32(guests_[n].offset)) {  // a loop: look for attention
@@ -368,7 +368,7 @@ void Translation::emit_jump_if(const Guest& g, unsigned n) {
   a_.aim(not_taken);
 }
 
-void Translation::indirect() {
+void Translation::indirect(unsigned n, s32 undo, bool restores) {
   constexpr Register rcx = x86::rcx;
   const u32 jumps = u32(offsetof(Context, jumps) + request_.mode.number() * sizeof(Context::jumps[0]));
   a_.store(offsetof(Context, temporary), rcx);
@@ -385,6 +385,7 @@ void Translation::indirect() {
   u8* hit = a_.jump_if_rcx_zero_later();
   a_.aim(miss);
   a_.load(rcx, offsetof(Context, temporary));
+  a_.move_immediate32(index_scratch, BranchRequest::encode(guests_[n].offset, undo, restores));
   a_.jump(request_.stubs->find[request_.mode.vectors]);
   a_.aim_short(hit);
   a_.load(rcx, jumps + u32(offsetof(Jump, page_base)), index_scratch, 3);
@@ -403,6 +404,10 @@ void Translation::push_target(const Guest& g, unsigned n, bool flags_live) {
 
 void Translation::push_return_address(const Guest& g, unsigned n) {
   const Place place = on_stack(g, n, -8, true, true);
+  if (g.what.kind == Kind::call_indirect) {
+    a_.load_from(index_scratch, place);
+    a_.store(offsetof(Context, replaced), index_scratch);
+  }
   to_page_offset(index_scratch, g.next);
   a_.store_to(place, index_scratch);
   a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
@@ -494,7 +499,10 @@ void Translation::emit(unsigned n) {
         push_return_address(g, n);
         a_.load(address_scratch, offsetof(Context, target));
       }
-      indirect();
+      if (g.what.kind == Kind::call_indirect)
+        indirect(n, 8, true);
+      else
+        indirect(n);
       break;
     }
     case Kind::ret: {
@@ -503,7 +511,7 @@ void Translation::emit(unsigned n) {
         extra = s32(operand.imm.value.u & 0xffff);
       load_scratch(on_stack(g, n, 0, false, true));
       a_.lea(guest_rsp, guest_rsp, -1, 0, 8 + extra);
-      indirect();
+      indirect(n, -8 - extra);
       break;
     }
   }

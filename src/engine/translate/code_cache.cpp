@@ -154,8 +154,8 @@ void CodeCache::drop(CodePage& page) {
   ++page.rewritten;
 }
 
-bool CodeCache::is_too_lively(const CodePage& page) {
-  return page.rewritten > most_rewrites && __rdtsc() - page.since <= rewrites_window;
+bool CodeCache::is_too_lively(const CodePage& page) const {
+  return !patient_ && page.rewritten > most_rewrites && __rdtsc() - page.since <= rewrites_window;
 }
 
 void CodeCache::clear() {

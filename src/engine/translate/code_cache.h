@@ -65,7 +65,9 @@ class CodeCache {
   /// Forgets the blocks of a page.
   void drop(CodePage& page);
   /// It is rewritten too often to be translated now.
-  static bool is_too_lively(const CodePage& page);
+  bool is_too_lively(const CodePage& page) const;
+  /// None is, from now on.
+  void be_patient() { patient_ = true; }
   void clear();
 
   bool is_code(const u8* host) const { return host >= code_ && host < code_ + code_bytes; }
@@ -88,6 +90,7 @@ class CodeCache {
   u32* page_index_;   ///< [page_slots]
   std::size_t code_used_ = 0, code_kept_ = 0;
   u32 block_count_ = 1, page_count_ = 1;
+  bool patient_ = false;
 };
 
 }  // namespace anykvm::engine::translate

@@ -85,6 +85,10 @@ struct Context {
   void* translator;
   Context* self;
   u64 target;  ///< a value kept while an address is checked
+  // Of a branch that must be taken back, because its target is not canonical:
+  u64 branch;    ///< its RIP
+  u64 undo;      ///< by how much it has moved the stack pointer, negated
+  u64 replaced;  ///< what an indirect call's return address has replaced
   u32 host_mxcsr;
   u32 faulted;        ///< left because the host raised an exception in the instruction that is next
   u32 wants_vectors;  ///< left because the next instruction needs this VectorLevel

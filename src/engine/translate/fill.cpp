@@ -1,6 +1,9 @@
 // What translated code asks for most: a TLB refill, the block that an indirect jump leads to. This file is compiled for
 // general registers only: the guest's vector registers are in the host's meanwhile.
 #include "engine/translate/translator.h"
+
+#include <cstring>
+
 #include "x86/xsave_parts.h"
 
 namespace anykvm::engine::translate {
@@ -11,7 +14,22 @@ bool fill_function(Context* context, Gva address, u32 request) {
 
 bool load_x87_function(Context* context) { return static_cast<Translator*>(context->translator)->load_x87(); }
 
-bool find_function(Context* context, u64 rip) { return static_cast<Translator*>(context->translator)->find(rip); }
+bool find_function(Context* context, u64 rip, u32 request, u64 rsp) {
+  return static_cast<Translator*>(context->translator)->find(rip, request, rsp);
+}
+
+/// A branch to an address that is not canonical faults itself: it is taken back, and the reference engine executes it.
+bool Translator::find(u64 rip, u32 request, u64 rsp) {
+  if (cpu_->canonical(rip)) return find(rip);
+  context_->branch = context_->page_base + BranchRequest::offset(request);
+  context_->undo = u64(s64(BranchRequest::undo(request)));
+  if (BranchRequest::restores(request))
+    if (u8* pushed = cpu_->mmu.find(rsp, 8, x86::Access::write, mode_.privilege))
+      std::memcpy(pushed, &context_->replaced, 8);
+  context_->faulted = 1;
+  context_->enter_at = u64(stubs_.take_back[mode_.vectors]);
+  return true;
+}
 
 void Translator::note_jump(u64 rip, const Block& block) {
   const unsigned slot = jump_slot(rip);

@@ -182,6 +182,8 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     stubs.find[vectors] = a.here();
     a.push(rax);  // where fill has a return address: the stack is aligned alike
     save();
+    a.move32(rdx, index_scratch);
+    a.move(rcx, guest_rsp);
     u8* found = call(reinterpret_cast<u64>(&find_function));
     restore();
     a.pop(rax);
@@ -190,6 +192,12 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     restore();
     a.pop(rax);
     jump_to_block(a);
+
+    stubs.take_back[vectors] = a.here();
+    a.load(index_scratch, offsetof(Context, undo));
+    a.lea(guest_rsp, guest_rsp, index_scratch, 0, 0);
+    a.load(address_scratch, offsetof(Context, branch));
+    a.jump(stubs.leave[vectors]);
   }
   return stubs;
 }

@@ -14,9 +14,12 @@ struct Stubs {
   /// Call here with a StepRequest in the address scratch register: the reference engine executes the instruction.
   /// Returns when the guest goes on behind it in the same block, else goes on elsewhere or leaves.
   u8* step[vector_levels];
-  /// Jump here with a guest RIP that the jump cache does not have in the address scratch register: goes on there when
-  /// there is a block, else leaves. Keeps every register and the flags.
+  /// Jump here with a guest RIP that the jump cache does not have in the address scratch register, and the
+  /// BranchRequest that led there in the index scratch register: goes on there when there is a block, else leaves.
+  /// Keeps every register and the flags.
   u8* find[vector_levels];
+  /// Takes the branch Context::branch back, and leaves.
+  u8* take_back[vector_levels];
   /// Call here with a guest address in the address scratch register and FillRequest in the index scratch register.
   /// Returns behind the call when the TLB has been refilled, else 5 bytes further. Keeps every register and the flags.
   u8* fill;
@@ -42,6 +45,21 @@ struct StepRequest {
   static unsigned mnemonic(u64 request) { return unsigned(request >> 32); }
 };
 
+/// The branch that leads somewhere else, in case it must be taken back.
+struct BranchRequest {
+  /// offset: in the page. undo: what the stack pointer's change is taken back by. restores: what was pushed has
+  /// replaced Context::replaced.
+  static constexpr u32 encode(unsigned offset, s32 undo, bool restores) {
+    return offset | (restores ? 1u << 13 : 0) | u32(undo + bias) << 14;
+  }
+  static unsigned offset(u32 request) { return request & 0x1fff; }
+  static bool restores(u32 request) { return request >> 13 & 1; }
+  static s32 undo(u32 request) { return s32(request >> 14) - bias; }
+
+ private:
+  static constexpr s32 bias = 0x10010;  // RET takes up to 8 + 65,535 bytes
+};
+
 /// Where the guest goes on after a step.
 enum class Next : u8 {
   leave,       ///< the run loop decides
@@ -63,7 +81,7 @@ struct FillRequest {
 Next step_function(Context* context, u64 request);
 /// Compiled for general registers only: the guest's vector registers stay in place.
 /// true: Context::enter_at is the block at rip.
-bool find_function(Context* context, u64 rip);
+bool find_function(Context* context, u64 rip, u32 request, u64 rsp);
 bool fill_function(Context* context, Gva address, u32 request);
 bool load_x87_function(Context* context);
 

@@ -103,8 +103,10 @@ class Translation {
     a_.load(to, offsetof(Context, page_base));
     a_.lea(to, to, -1, 0, offset);
   }
-  /// Continues at the guest address in the address scratch register, wherever that is.
-  void indirect();
+  /// Continues at the guest address in the address scratch register, wherever that is: where it is not canonical,
+  /// behind instruction n, with the stack pointer moved by `undo`, and with Context::replaced in the place of what it
+  /// pushed.
+  void indirect(unsigned n, s32 undo = 0, bool restores = false);
   void push_target(const Guest& g, unsigned n, bool flags_live);
   void push_return_address(const Guest& g, unsigned n);
   u32 tlb(unsigned field) const {

@@ -31,10 +31,12 @@ class Translator final : public Engine {
 
   Next step_in_block(u64 request);
   bool fill(Gva address, u32 request);
+  bool find(u64 rip, u32 request, u64 rsp);
   bool find(u64 rip);
   bool load_x87();
 
-  // --- for the lockstep engine --------------------------------------------------------------------------------------
+  // --- for tests and the lockstep engine
+  // --------------------------------------------------------------------------------------
   struct Supervision {
     void* arg;
     /// Asked before the reference engine executes the instruction at RIP; false: the translator leaves instead.
@@ -52,6 +54,8 @@ class Translator final : public Engine {
   bool translatable() const;
   /// Forgets all code; blocks that are made from now on have at most so many instructions.
   void limit_blocks(unsigned instructions);
+  /// Translates pages however often they are rewritten.
+  void translate_always() { cache_.be_patient(); }
 
  private:
   bool may_step() const { return !supervision_ || supervision_->may_step(supervision_->arg); }
