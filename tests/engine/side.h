@@ -34,7 +34,7 @@ inline std::string hex(const void* bytes, std::size_t size) {
 /// An engine with a machine to itself.
 class Side : LongMode {
  public:
-  explicit Side(std::unique_ptr<Engine> with) : engine(std::move(with)) {
+  explicit Side(std::unique_ptr<Engine> (*with)()) : engine(with()), make_(with) {
     static const u8 never = 0;
     cpu.immediate_exit = &never;
     cpu.state.cr4 |= cr4::osxsave | cr4::osxmmexcpt;
@@ -62,6 +62,8 @@ class Side : LongMode {
     std::memcpy(machine.base + code, bytes, length);
     machine.base[code + length] = 0xf4;  // hlt
     cpu.state.rip = code;
+    // A page that is rewritten too often would not be translated any more.
+    if (++executed_ % 50 == 0) engine = make_();
     engine->run(cpu);
   }
 
@@ -87,7 +89,7 @@ class Side : LongMode {
     add("FCS", &s.fpu.x87_code_selector, 2);
     add("FDS", &s.fpu.x87_data_selector, 2);
     add("x87 registers", s.fpu.x87 + x87_stack_offset, x87_stack_size);
-    add("frame of an exception", machine.base + 0x6fd0, 24);  // but for its flags, which code ahead may have killed
+    add("frame of an exception", machine.base + 0x6fd0, 48);
     add("memory", machine.base + data_gpa, page_size);
     return parts;
   }
@@ -122,6 +124,8 @@ class Side : LongMode {
     settle_x87_words(fpu);
   }
 
+  std::unique_ptr<Engine> (*make_)();
+  unsigned executed_ = 0;
   CpuState start;
 };
 

@@ -17,7 +17,7 @@ class TranslateAvx512Test : public testing::Test {
   void SetUp() override {
     if (!supports(Feature::avx512f) || !supports(Feature::avx512bw)) GTEST_SKIP() << "no AVX-512 here";
   }
-  Side translator{make_translator()}, reference{make_interpreter()};
+  Side translator{[] { return make_translator(true); }}, reference{make_interpreter};
 };
 
 TEST_F(TranslateAvx512Test, DoesWhatTheReferenceDoes) {

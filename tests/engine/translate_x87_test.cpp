@@ -18,11 +18,9 @@ class TranslateX87Test : public testing::Test {
     translator.execute(bytes.data(), unsigned(bytes.size()), seed);
     reference.execute(bytes.data(), unsigned(bytes.size()), seed);
     const auto left = translator.outcome(), right = reference.outcome();
-    const bool to_the_end = translator.rip() == code + bytes.size() + 1;
     for (unsigned n = 0; n < left.size(); ++n) {
       const auto& [name, mine] = left[n];
       const std::string& theirs = right[n].second;
-      if (!to_the_end && name == std::string("flags")) continue;
       ASSERT_EQ(mine, theirs) << name << " of " << hex(bytes.data(), bytes.size()) << ", seed " << seed << '\n'
                               << hex(mine.data(), std::min<std::size_t>(mine.size(), 128)) << '\n'
                               << hex(theirs.data(), std::min<std::size_t>(theirs.size(), 128));
@@ -38,7 +36,7 @@ class TranslateX87Test : public testing::Test {
     return all;
   }
 
-  Side translator{make_translator()}, reference{make_interpreter()};
+  Side translator{[] { return make_translator(true); }}, reference{make_interpreter};
 };
 
 /// An instruction of the x87 unit or of MMX, or one that moves the unit's state; now and then another.
@@ -61,7 +59,8 @@ void append_instruction(std::vector<u8>& code, std::mt19937_64& random) {
       case 1: {  // what saves and restores, and FWAIT, and flags that are live across
         static constexpr u8 others[][3] = {{0x0f, 0xae, 0x00}, {0x0f, 0xae, 0x08}, {0x9b, 0, 0},       {0xd9, 0x2b, 0},
                                            {0xd9, 0x7b, 0x08}, {0xdf, 0xe0, 0},    {0xdb, 0xe2, 0},    {0x01, 0xd8, 0},
-                                           {0x0f, 0x94, 0xc1}, {0x0f, 0x2d, 0xc1}, {0xf3, 0x0f, 0xd6}, {0x11, 0xd8, 0}};
+                                           {0x0f, 0x94, 0xc1}, {0x0f, 0x2d, 0xc1}, {0xf3, 0x0f, 0xd6}, {0x11, 0xd8, 0},
+                                           {0xf2, 0x0f, 0x2d}};
         std::memcpy(bytes + at, others[random() % std::size(others)], random() % 3 ? 3 : 2);
         break;
       }
@@ -71,6 +70,9 @@ void append_instruction(std::vector<u8>& code, std::mt19937_64& random) {
     ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
     if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, bytes, sizeof bytes, &d, operands))) continue;
     if (d.attributes & ZYDIS_ATTRIB_HAS_MODRM && d.raw.modrm.mod == 0 && d.raw.modrm.rm == 5) continue;  // the code
+    if (d.mnemonic == ZYDIS_MNEMONIC_RDTSC || d.mnemonic == ZYDIS_MNEMONIC_RDRAND ||
+        d.mnemonic == ZYDIS_MNEMONIC_RDSEED)
+      continue;
     code.insert(code.end(), bytes, bytes + d.length);
     return;
   }

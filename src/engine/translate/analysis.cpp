@@ -1,5 +1,7 @@
 #include "engine/translate/analysis.h"
 
+#include <bit>
+
 #include "engine/translate/rewrite.h"
 
 namespace anykvm::engine::translate {
@@ -63,6 +65,13 @@ bool replaces_x87_environment(ZydisMnemonic mnemonic) {
          is_x87_control(mnemonic);
 }
 
+/// Conversions from memory to general and MMX registers name no vector register, but round as MXCSR says.
+bool may_need_mxcsr(const Decoded& d) {
+  const Unit unit = unit_of(d);
+  return unit == Unit::sse || unit == Unit::avx ||
+         (unit == Unit::mmx && d.instruction.meta.isa_ext != ZYDIS_ISA_EXT_MMX);
+}
+
 bool is_of_x87_unit(const Decoded& d) {
   const Unit unit = unit_of(d);
   return unit == Unit::x87 || unit == Unit::mmx;
@@ -71,17 +80,17 @@ bool is_of_x87_unit(const Decoded& d) {
 /// Operands that the renaming can express: general, vector and x87 registers, at most one ordinary memory operand.
 bool operands_fit(const Decoded& d, bool x87, u8& vectors) {
   if (d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX) vectors = all_vectors;
-  unsigned memory = 0, spilled = 0;
-  u32 seen = 0;
+  unsigned memory = 0;
+  u32 seen = 0, needed = 0;  // general registers, and those whose old value is needed
   bool high_byte = false;
   for (unsigned n = 0; n < d.instruction.operand_count; ++n) {
     const ZydisDecodedOperand& operand = d.operands[n];
     switch (operand.type) {
       case ZYDIS_OPERAND_TYPE_REGISTER: {
         if (const int number = general_register(operand); number >= 0) {
-          if (number >= 13 && !(seen >> number & 1)) ++spilled;
           seen |= 1u << number;
-          high_byte |= is_high_byte(operand);
+          if (!is_overwritten(operand)) needed |= 1u << number;
+          high_byte |= is_high_byte(operand) && operand.encoding != ZYDIS_OPERAND_ENCODING_NONE;
           break;
         }
         switch (ZydisRegisterGetClass(operand.reg.value)) {
@@ -107,9 +116,11 @@ bool operands_fit(const Decoded& d, bool x87, u8& vectors) {
       default: return false;
     }
   }
-  if (high_byte && (memory || spilled || seen >> x86::rsp & 1)) return false;  // AH-DH exclude REX
-  if (memory > 1 || d.instruction.address_width != 64) return false;
-  return spilled <= (memory ? 1u : 2u);
+  const unsigned spilled = unsigned(std::popcount(seen >> 13));
+  if (high_byte && (spilled || (!memory && seen >> x86::rsp & 1))) return false;  // AH-DH exclude REX
+  if (memory > 1 || (memory && d.instruction.address_width != 64)) return false;
+  // The second has the register that the address is made of.
+  return spilled <= 1 || (spilled == 2 && (!memory || std::popcount(needed >> 13) <= 1));
 }
 
 Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
@@ -173,7 +184,8 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
     case ZYDIS_CATEGORY_COND_BR: {
       const bool is_short = i.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i.opcode & 0xf0) == 0x70;
       const bool is_long = i.opcode_map == ZYDIS_OPCODE_MAP_0F && (i.opcode & 0xf0) == 0x80;
-      return is_short || is_long ? Kind::jump_if : Kind::step_and_end;
+      const bool on_rcx = d.mnemonic() == ZYDIS_MNEMONIC_JRCXZ;
+      return is_short || is_long || on_rcx ? Kind::jump_if : Kind::step_and_end;
     }
     default: break;
   }
@@ -182,6 +194,7 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
   const bool x87 = is_of_x87_unit(d);
   if (encodable && runs_natively(d) && !has_own_handler(d.mnemonic()) &&
       !(x87 && (replaces_x87_environment(d.mnemonic()) || !can_keep_x87())) && operands_fit(d, x87, vectors)) {
+    if (may_need_mxcsr(d) && vectors < first_vectors) vectors = first_vectors;
     if (d.mnemonic() == ZYDIS_MNEMONIC_VZEROUPPER || d.mnemonic() == ZYDIS_MNEMONIC_VZEROALL) vectors = first_vectors;
     return Kind::native;
   }
@@ -190,6 +203,10 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
 }
 
 }  // namespace
+
+bool has_repeat_prefix(const Decoded& d) {
+  return d.instruction.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE);
+}
 
 bool is_quick(const Decoded& d) {
   switch (d.mnemonic()) {
@@ -205,7 +222,6 @@ bool is_quick(const Decoded& d) {
     case ZYDIS_MNEMONIC_STOSD:
     case ZYDIS_MNEMONIC_STOSQ:
       return d.instruction.meta.category == ZYDIS_CATEGORY_STRINGOP && d.instruction.address_width == 64 &&
-             d.instruction.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE) &&
              source_segment(d) < x86::fs;
     default: return false;
   }

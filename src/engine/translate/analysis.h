@@ -46,6 +46,7 @@ struct Analysis {
   bool x87 = false;         ///< emitted for the x87 unit, MMX included, which has to be loaded
 };
 
+bool has_repeat_prefix(const Decoded& d);
 /// Whether Translator::quick_step() may know the instruction.
 bool is_quick(const Decoded& d);
 /// Whether the host can load and save its x87 registers alone (XSAVE).

@@ -130,6 +130,12 @@ class Assembler {
   void shift_left(Register to, Register from, Register count) { shift(0x01, to, from, count); }
   void shift_right_signed(Register to, Register from, Register count) { shift(0x02, to, from, count); }
   void shift_right_unsigned(Register to, Register from, Register count) { shift(0x03, to, from, count); }
+  /// rorx to, from, count
+  void rotate_right(Register to, Register from, u8 count) {
+    bytes(0xc4, (~to >> 3 & 1) << 7 | 0x40 | (~from >> 3 & 1) << 5 | 0x03, 0xfb, 0xf0,
+          0xc0 | (to & 7) << 3 | (from & 7), count);
+  }
+  void move8(Register to, Register from) { bytes(rex(0, from, 0, to), 0x88, 0xc0 | (from & 7) << 3 | (to & 7)); }
   void sign_extend32(Register to, Register from) {
     bytes(rex(1, to, 0, from), 0x63, 0xc0 | (to & 7) << 3 | (from & 7));
   }

@@ -1,6 +1,7 @@
 #include "engine/translate/block.h"
 
 #include <bit>
+#include <cstring>
 
 #include "engine/interpret/operands.h"
 #include "engine/translate/rewrite.h"
@@ -22,7 +23,8 @@ u64 lines_of(unsigned offset, unsigned length) {
 }
 
 bool ends_block(Kind kind) {
-  return kind == Kind::step_and_end || kind == Kind::want_vectors || (kind >= Kind::jump && kind != Kind::jump_if);
+  return kind == Kind::step_and_end || kind == Kind::want_vectors ||
+         (kind >= Kind::set_access_check && kind != Kind::jump_if);
 }
 
 /// Whether all flags are overwritten from here on before any is read, as far as a few instructions show.
@@ -54,7 +56,14 @@ void Translation::collect() {
   while (count_ < request_.limit) {
     Guest& g = guests_[count_];
     g.offset = u16(offset);
-    if (!decode_at(request_.page, offset, g.d)) {
+    g.bytes = request_.page + offset;
+    if (request_.rest) {
+      const unsigned first = unsigned(page_size) - offset;
+      std::memcpy(crossing_, g.bytes, first);
+      std::memcpy(crossing_ + first, request_.rest, sizeof crossing_ - first);
+      g.bytes = crossing_;
+      if (!ZYAN_SUCCESS(decode_instruction(crossing_, sizeof crossing_, 64, g.d))) out_of_room_ = true;
+    } else if (!decode_at(request_.page, offset, g.d)) {
       // Undefined, or it continues on the next page: the reference engine knows.
       if (count_ == 0) {
         g.d.instruction.mnemonic = ZYDIS_MNEMONIC_INVALID;
@@ -66,7 +75,7 @@ void Translation::collect() {
       }
       break;
     }
-    lines_ |= lines_of(offset, g.d.instruction.length);
+    lines_ |= lines_of(offset, request_.rest ? unsigned(page_size) - offset : g.d.instruction.length);
     g.what = analyse(g.d, supervisor);
     if (request_.supervised && !is_repeatable(g.d)) g.what = {.kind = Kind::step_and_end};
     if (g.what.vectors > request_.mode.vectors) g.what = {.kind = Kind::want_vectors, .vectors = g.what.vectors};
@@ -241,8 +250,8 @@ void Translation::step_at(u8* site, unsigned n, bool restores_rcx) {
 
 void Translation::step(const Guest& g, bool leave) {
   const auto mnemonic = unsigned(g.d.mnemonic());
-  a_.move_immediate64(address_scratch,
-                      StepRequest::encode(g.offset, g.next, is_quick(g.d), sees_x87(g.d), leave, mnemonic));
+  a_.move_immediate64(address_scratch, StepRequest::encode(g.offset, g.next, is_quick(g.d), has_repeat_prefix(g.d),
+                                                           sees_x87(g.d), leave, mnemonic));
   a_.call(request_.stubs->step[request_.mode.vectors]);
 }
 
@@ -282,11 +291,14 @@ void Translation::emit_native(const Guest& g, unsigned n) {
   Renaming renaming;
   for (unsigned guest = 0; guest < 16; ++guest) renaming.registers[guest] = home(guest);
   const ZydisDecodedOperand* memory = nullptr;
-  u32 spilled = 0, written = 0;
+  const ZydisDecodedOperand* high_byte = nullptr;
+  u32 spilled = 0, written = 0, overwritten = ~0u;
   for (const ZydisDecodedOperand& operand : operands) {
     if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY) memory = &operand;
+    if (is_high_byte(operand) && operand.encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG) high_byte = &operand;
     const int number = general_register(operand);
     if (number < 13) continue;
+    if (!is_overwritten(operand)) overwritten &= ~(1u << number);
     spilled |= 1u << number;
     if (operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) written |= 1u << number;
   }
@@ -295,18 +307,36 @@ void Translation::emit_native(const Guest& g, unsigned n) {
     const bool write = memory->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
     renaming.memory = operand_place(g, address_of(g, *memory), memory->size / 8, write, n, g.flags_live);
   }
-  // The spilled registers that it names borrow the scratch registers.
+  // The spilled registers that it names borrow the scratch registers, AH-DH beside a memory operand the low byte of
+  // one: first the one that is free, then the one that the address is made of, for a register that is only written.
   Register borrowed = renaming.memory.index == index_scratch ? address_scratch : index_scratch;
-  for (unsigned guest = 13; guest < 16; ++guest) {
-    if (!(spilled >> guest & 1)) continue;
-    renaming.registers[guest] = borrowed;
-    a_.load(borrowed, spill_slot(guest));
-    if (borrowed == address_scratch) held_ = -1;
-    borrowed = address_scratch;
+  const auto borrow = [&] {
+    const Register taken = borrowed;
+    borrowed = taken == index_scratch ? address_scratch : index_scratch;
+    if (taken == address_scratch) held_ = -1;
+    return taken;
+  };
+  for (const bool needed : {true, false}) {
+    for (unsigned guest = 13; guest < 16; ++guest) {
+      if (!(spilled >> guest & 1) || (overwritten >> guest & 1) == needed) continue;
+      const Register taken = borrow();
+      renaming.registers[guest] = taken;
+      if (taken != renaming.memory.base && taken != renaming.memory.index) a_.load(taken, spill_slot(guest));
+    }
   }
-  if (!rewrite(a_, g.d.instruction, operands, request_.page + g.offset, renaming)) out_of_room_ = true;
+  if (high_byte && memory) {
+    renaming.high_byte = borrow();
+    a_.rotate_right(Register(renaming.high_byte), home(unsigned(general_register(*high_byte))), 8);
+  }
+  if (!rewrite(a_, g.d.instruction, operands, g.bytes, renaming)) out_of_room_ = true;
   for (unsigned guest = 13; guest < 16; ++guest)
     if (written >> guest & 1) a_.store(spill_slot(guest), renaming.registers[guest]);
+  if (renaming.high_byte >= 0 && high_byte->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) {
+    const Register whole = home(unsigned(general_register(*high_byte)));
+    a_.rotate_right(whole, whole, 8);
+    a_.move8(whole, Register(renaming.high_byte));
+    a_.rotate_right(whole, whole, 56);
+  }
   if (g.what.x87) note_x87(g);
 }
 
@@ -359,6 +389,14 @@ void Translation::aim_or_link(u8* site, s32 target, unsigned n, Mode mode) {
 void Translation::emit_jump_if(const Guest& g, unsigned n) {
   const unsigned condition = g.d.instruction.opcode & 15;
   const s32 target = branch_target(g);
+  if (g.d.mnemonic() == ZYDIS_MNEMONIC_JRCXZ) {
+    u8* const taken = a_.jump_if_rcx_zero_later();
+    u8* const not_taken = a_.jump_later();
+    a_.aim_short(taken);
+    link(target, g.taken_flags_live, n);
+    a_.aim(not_taken);
+    return;
+  }
   if (in_page(target) && target > s32(g.offset)) {
     aim_or_link(a_.jump_if_later(condition), target, n, request_.mode);
     return;
@@ -544,6 +582,13 @@ void Translation::emit_cold(const Cold& cold) {
       a_.jump(cold.retry);
       emit_cold_step(cold.guest);
       break;
+    case Cold::Kind::crossing: {
+      const unsigned offset = guests_[0].offset;
+      a_.move_immediate64(address_scratch,
+                          StepRequest::encode(offset, offset, false, false, true, true, ZYDIS_MNEMONIC_INVALID));
+      a_.call(request_.stubs->step[request_.mode.vectors]);
+      break;
+    }
     case Cold::Kind::window: {
       u8* crosses = nullptr;
       if (!cold.restores_rcx) {
@@ -586,12 +631,16 @@ bool Translation::keeps_address_scratch(Kind kind) {
 BlockCode Translation::run() {
   collect();
   u8* const begin = a_.here();
+  if (request_.rest) emit_crossing_guard();
   for (unsigned n = 0; n < count_; ++n) {
     emit(n);
     if (!keeps_address_scratch(guests_[n].what.kind)) held_ = -1;
     after_[n] = a_.here();
   }
-  if (falls_through_) link(falls_to_, exit_flags_live_, count_ - 1);
+  if (falls_through_ && request_.rest)
+    emit_crossing_end();
+  else if (falls_through_)
+    link(falls_to_, exit_flags_live_, count_ - 1);
   for (unsigned n = 0; n < cold_count_; ++n) emit_cold(cold_[n]);
   const u32 code_bytes = u32(a_.here() - begin);
   for (unsigned n = 0; n < count_; ++n) {

@@ -16,6 +16,10 @@ struct BlockRequest {
   const Stubs* stubs;
   CodeCache* cache;  ///< where direct jumps in the page may find their target
   unsigned limit = most_instructions;
+  /// The block is one instruction that continues on the next page. `rest` has that page's bytes as its blocks know
+  /// them; the block at `behind`, of the same mode, is the one behind the instruction. See crossing.cpp.
+  const u8* rest = nullptr;
+  const u8* behind = nullptr;
   bool single_checks = false;  ///< no two accesses are checked together
   bool exact_flags = false;    ///< flags are kept even where nothing reads them
   bool supervised = false;     ///< only what may be repeated (is_repeatable) is emitted, the rest are steps

@@ -135,15 +135,17 @@ int CodeCache::instruction_at(const Block& block, const u8* host) {
   return found;
 }
 
+void CodeCache::supersede(const Block& block) {
+  const u32 number = u32(&block - blocks_);
+  for (u32 slot = block_slot(block.address, block.mode); block_index_[slot]; slot = (slot + 1) % block_slots)
+    if (block_index_[slot] == number) {
+      block_index_[slot] = removed;
+      break;
+    }
+}
+
 void CodeCache::drop(CodePage& page) {
-  for (u32 number = page.first_block; number; number = blocks_[number].next_in_page) {
-    const Block& block = blocks_[number];
-    for (u32 slot = block_slot(block.address, block.mode); block_index_[slot]; slot = (slot + 1) % block_slots)
-      if (block_index_[slot] == number) {
-        block_index_[slot] = removed;
-        break;
-      }
-  }
+  for (u32 number = page.first_block; number; number = blocks_[number].next_in_page) supersede(blocks_[number]);
   page.first_block = 0;
   page.lines = 0;
   const u64 now = __rdtsc();

@@ -13,6 +13,7 @@ struct Block {
   u32 code_bytes = 0;    ///< behind them lie its PlaceInBlocks
   u16 instructions = 0;  ///< as many PlaceInBlocks
   u8 mode = 0;
+  u8 generation = 0;  ///< how many blocks have been made for the place before it, and superseded
 };
 
 /// Where the code of one guest instruction begins, and the instruction.
@@ -62,6 +63,8 @@ class CodeCache {
   const Block* block_with(const u8* host) const;
   /// The offset in its page of the guest instruction whose hot code is at `host`; -1: none. Async-signal-safe.
   static int instruction_at(const Block& block, const u8* host);
+  /// Forgets the block, which another is made for.
+  void supersede(const Block& block);
   /// Forgets the blocks of a page.
   void drop(CodePage& page);
   /// It is rewritten too often to be translated now.

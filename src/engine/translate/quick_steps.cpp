@@ -10,15 +10,16 @@ namespace anykvm::engine::translate {
 using x86::Access, x86::Result;
 using x86::rcx, x86::rdi, x86::rsi, x86::rax;
 
-/// REP STOS or REP MOVS, upwards: a stretch for each page with the host's own.
+/// STOS or MOVS, upwards: a stretch for each page with the host's own REP.
 template <unsigned bytes, bool moves>
-bool Translator::repeat_string(u64 next) {
+bool Translator::store_string(u64 next, bool repeats) {
   x86::CpuState& s = cpu_->state;
   if (s.other_flags & x86::flag::df) return false;
   u64* const gpr = s.gpr;
   const auto elements_in_page = [](Gva address) { return (page_size - (address & ~page_mask)) / bytes; };
-  while (gpr[rcx]) {
-    u64 count = std::min<u64>(gpr[rcx], elements_in_page(gpr[rdi]));
+  u64 left = repeats ? gpr[rcx] : 1;
+  while (left) {
+    u64 count = std::min<u64>(left, elements_in_page(gpr[rdi]));
     if (moves) count = std::min<u64>(count, elements_in_page(gpr[rsi]));
     if (!count) return false;  // an element lies in two pages
     const auto length = unsigned(count * bytes);
@@ -43,9 +44,10 @@ bool Translator::repeat_string(u64 next) {
       }
     }
     gpr[rdi] += length;
-    gpr[rcx] -= count;
-    if (gpr[rcx] && (context_->attention->load(std::memory_order_relaxed) ||
-                     __atomic_load_n(cpu_->immediate_exit, __ATOMIC_RELAXED)))
+    left -= count;
+    if (repeats) gpr[rcx] = left;
+    if (left && (context_->attention->load(std::memory_order_relaxed) ||
+                 __atomic_load_n(cpu_->immediate_exit, __ATOMIC_RELAXED)))
       return true;  // RIP stays
   }
   s.rip = next;
@@ -54,19 +56,20 @@ bool Translator::repeat_string(u64 next) {
 
 bool Translator::quick_step(u64 request) {
   const u64 next = context_->page_base + StepRequest::next(request);
+  const bool repeats = StepRequest::repeats(request);
   bool done = false;
   switch (StepRequest::mnemonic(request)) {
     case ZYDIS_MNEMONIC_SYSCALL: done = cpu_->syscall(next) == Result::ok; break;
     case ZYDIS_MNEMONIC_SYSRET: done = cpu_->sysret(8) == Result::ok; break;
     case ZYDIS_MNEMONIC_IRETQ: done = cpu_->iret(8, next) == Result::ok; break;
-    case ZYDIS_MNEMONIC_MOVSB: done = repeat_string<1, true>(next); break;
-    case ZYDIS_MNEMONIC_MOVSW: done = repeat_string<2, true>(next); break;
-    case ZYDIS_MNEMONIC_MOVSD: done = repeat_string<4, true>(next); break;
-    case ZYDIS_MNEMONIC_MOVSQ: done = repeat_string<8, true>(next); break;
-    case ZYDIS_MNEMONIC_STOSB: done = repeat_string<1, false>(next); break;
-    case ZYDIS_MNEMONIC_STOSW: done = repeat_string<2, false>(next); break;
-    case ZYDIS_MNEMONIC_STOSD: done = repeat_string<4, false>(next); break;
-    case ZYDIS_MNEMONIC_STOSQ: done = repeat_string<8, false>(next); break;
+    case ZYDIS_MNEMONIC_MOVSB: done = store_string<1, true>(next, repeats); break;
+    case ZYDIS_MNEMONIC_MOVSW: done = store_string<2, true>(next, repeats); break;
+    case ZYDIS_MNEMONIC_MOVSD: done = store_string<4, true>(next, repeats); break;
+    case ZYDIS_MNEMONIC_MOVSQ: done = store_string<8, true>(next, repeats); break;
+    case ZYDIS_MNEMONIC_STOSB: done = store_string<1, false>(next, repeats); break;
+    case ZYDIS_MNEMONIC_STOSW: done = store_string<2, false>(next, repeats); break;
+    case ZYDIS_MNEMONIC_STOSD: done = store_string<4, false>(next, repeats); break;
+    case ZYDIS_MNEMONIC_STOSQ: done = store_string<8, false>(next, repeats); break;
     default: break;
   }
   if (!done) return false;

@@ -16,6 +16,10 @@ int general_register(const ZydisDecodedOperand& operand) {
   }
 }
 
+bool is_overwritten(const ZydisDecodedOperand& operand) {
+  return operand.actions == ZYDIS_OPERAND_ACTION_WRITE && operand.size >= 32;
+}
+
 bool is_high_byte(const ZydisDecodedOperand& operand) {
   return operand.type == ZYDIS_OPERAND_TYPE_REGISTER && operand.reg.value >= ZYDIS_REGISTER_AH &&
          operand.reg.value <= ZYDIS_REGISTER_BH;
@@ -31,7 +35,10 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
     const int number = general_register(operand);
     if (number < 0) continue;
     if (is_high_byte(operand)) {
-      high_byte = true;
+      if (operand.encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG && renaming.high_byte >= 0)
+        reg = renaming.high_byte;
+      else
+        high_byte |= operand.encoding != ZYDIS_OPERAND_ENCODING_NONE;
       continue;
     }
     switch (operand.encoding) {

@@ -12,6 +12,7 @@ namespace anykvm::engine::translate {
 struct Renaming {
   Register registers[16];  ///< host register for each general register that ModRM, the opcode or VEX.vvvv names
   Place memory;            ///< what becomes of the memory operand
+  int high_byte = -1;      ///< whose low byte takes the place of AH-DH beside a memory operand; -1: none
 };
 
 /// false: the instruction cannot be encoded so (AH-DH together with a register that needs REX).
@@ -20,6 +21,8 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& instruction, std::span
 
 /// The number of a general register operand, or -1.
 int general_register(const ZydisDecodedOperand& operand);
+/// The instruction writes all of the register and does not read it.
+bool is_overwritten(const ZydisDecodedOperand& operand);
 bool is_high_byte(const ZydisDecodedOperand& operand);
 
 }  // namespace anykvm::engine::translate

@@ -31,14 +31,16 @@ struct Stubs {
 
 /// An instruction for the reference engine.
 struct StepRequest {
-  /// offset, next: in the page. quick: quick_step() may know it. sees_x87: the x87 registers have to be in the state.
-  /// ends: it ends its block. mnemonic: ZydisMnemonic.
-  static constexpr u64 encode(unsigned offset, unsigned next, bool quick, bool sees_x87, bool ends, unsigned mnemonic) {
-    return offset | next << 13 | (quick ? 1u << 29 : 0) | (sees_x87 ? 1u << 30 : 0) | (ends ? 1u << 31 : 0) |
-           u64(mnemonic) << 32;
+  /// offset, next: in the page. quick: quick_step() may know it. repeats: it has a REP prefix. sees_x87: the x87
+  /// registers have to be in the state. ends: it ends its block. mnemonic: ZydisMnemonic.
+  static constexpr u64 encode(unsigned offset, unsigned next, bool quick, bool repeats, bool sees_x87, bool ends,
+                              unsigned mnemonic) {
+    return offset | next << 13 | (repeats ? 1u << 28 : 0) | (quick ? 1u << 29 : 0) | (sees_x87 ? 1u << 30 : 0) |
+           (ends ? 1u << 31 : 0) | u64(mnemonic) << 32;
   }
   static unsigned offset(u64 request) { return request & 0x1fff; }
   static unsigned next(u64 request) { return request >> 13 & 0x1fff; }
+  static bool repeats(u64 request) { return request >> 28 & 1; }
   static bool quick(u64 request) { return request >> 29 & 1; }
   static bool sees_x87(u64 request) { return request >> 30 & 1; }
   static bool ends(u64 request) { return request >> 31 & 1; }

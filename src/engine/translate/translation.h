@@ -10,7 +10,8 @@ namespace anykvm::engine::translate {
 struct Guest {
   Decoded d;
   Analysis what;
-  u16 offset, next;                 ///< in the page
+  u16 offset, next;  ///< in the page
+  const u8* bytes;
   bool flags_live;                  ///< some flag must survive what is added before this instruction
   bool taken_flags_live;            ///< ... and what is added where a branch is taken
   s8 operand_window, stack_window;  ///< that its memory operand, its push or pop belong to; -1: none
@@ -41,7 +42,7 @@ class Translation {
     bool computed = false;  ///< it is in Context::target
   };
   struct Cold {
-    enum class Kind : u8 { refill, window, step, link, back_edge, load_x87 } kind;
+    enum class Kind : u8 { refill, window, step, link, back_edge, load_x87, crossing } kind;
     bool restores_rcx;
     u8* site;  ///< the jump that comes here
     const u8* retry;
@@ -75,6 +76,9 @@ class Translation {
   void emit_swap_gs();
   void emit_set_access_check(const Guest& g, unsigned n);
   void emit_read_time(const Guest& g, unsigned n);
+  // crossing.cpp
+  void emit_crossing_guard();
+  void emit_crossing_end();
   // x87_code.cpp
   void want_x87(const Guest& g, unsigned n);
   void note_x87(const Guest& g);
@@ -124,6 +128,7 @@ class Translation {
   Assembler a_;
   Guest guests_[most_instructions];
   unsigned count_ = 0;
+  u8 crossing_[15];                          ///< the bytes of an instruction that lies in two pages
   const u8* after_[most_instructions] = {};  ///< where the code of the next instruction begins
   Cold cold_[most_instructions * 4];
   unsigned cold_count_ = 0;

@@ -180,7 +180,7 @@ void Translator::page_written(const u8* host) {
   code_dropped_ = true;
 }
 
-Block* Translator::make_block(CodePage& page, u64 address, bool single_checks) {
+Block* Translator::make_block(CodePage& page, u64 address, bool single_checks, const u8* rest, const u8* behind) {
   const BlockRequest request{.page = cache_.copy_of(page),
                              .address = page.address,
                              .offset = unsigned(address & ~page_mask),
@@ -188,6 +188,8 @@ Block* Translator::make_block(CodePage& page, u64 address, bool single_checks) {
                              .stubs = &stubs_,
                              .cache = &cache_,
                              .limit = block_limit_,
+                             .rest = rest,
+                             .behind = behind,
                              .single_checks = single_checks,
                              .exact_flags = exact_,
                              .supervised = supervision_ != nullptr};
@@ -195,7 +197,7 @@ Block* Translator::make_block(CodePage& page, u64 address, bool single_checks) {
   const BlockCode made = translate_block(request, code, cache_.code_end());
   if (!made.end) return nullptr;
   if (supervision_) supervision_->made(supervision_->arg, code, code + made.code_bytes);
-  return cache_.add(page, address, block_mode(single_checks), std::size_t(made.end - code), made.code_bytes,
+  return cache_.add(page, address, block_mode(single_checks && !rest), std::size_t(made.end - code), made.code_bytes,
                     made.instructions, made.lines);
 }
 
@@ -253,6 +255,8 @@ Next Translator::step_in_block(u64 request) {
   if (!x87_allowed()) save_x87();
   if (StepRequest::ends(request)) {
     serialized_ = true;
+    if (StepRequest::mnemonic(request) == ZYDIS_MNEMONIC_INVALID)
+      translate_crossing(context_->page_base + StepRequest::offset(request));
     return go_on();
   }
   refresh_segments();

@@ -74,15 +74,20 @@ class Translator final : public Engine {
   void refresh_segments();
   /// The block for RIP, made when there is none; nullptr where only the reference engine can go on.
   Block* block_at_rip(bool single_checks);
-  Block* make_block(CodePage& page, u64 address, bool single_checks);
+  /// rest, behind: see BlockRequest.
+  Block* make_block(CodePage& page, u64 address, bool single_checks, const u8* rest = nullptr,
+                    const u8* behind = nullptr);
   /// What the code cache calls a block of the current mode.
   unsigned block_mode(bool single_checks) const { return mode_.number() + (single_checks ? Mode::count : 0); }
   void page_written(const u8* host);
+  // crossing.cpp
+  /// The reference engine has executed an instruction at rip that lies in two pages: has it translated, if it can be.
+  void translate_crossing(u64 rip);
   // quick_steps.cpp
   /// Executes one of the few instructions that is_quick() names, without the reference engine. false: it has not.
   bool quick_step(u64 request);
   template <unsigned bytes, bool moves>
-  bool repeat_string(u64 next);
+  bool store_string(u64 next, bool repeats);
   // x87_state.cpp
   /// The guest's x87 registers back into the state, if the host's unit has them.
   void save_x87();

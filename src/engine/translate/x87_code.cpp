@@ -66,8 +66,7 @@ void Translation::note_x87(const Guest& g) {
     a_.store(offsetof(Context, x87_page), index_scratch);
     x87_noted_ = true;
   }
-  const unsigned opcode =
-      (g.d.instruction.opcode & 7u) << 8 | request_.page[g.offset + g.d.instruction.raw.modrm.offset];
+  const unsigned opcode = (g.d.instruction.opcode & 7u) << 8 | g.bytes[g.d.instruction.raw.modrm.offset];
   static_assert(offsetof(Context, x87_settled) == offsetof(Context, x87_last) + 4);
   a_.store_immediate(offsetof(Context, x87_last), X87Last::encode(g.offset, opcode, operand), true);
 }
