@@ -4,8 +4,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
@@ -127,7 +130,38 @@ Memory run_in_engine(const Guest& guest, End& end, std::string& why) {
 
 namespace {
 
-Memory run_qemu_once(const Guest& guest, End& end) {
+Memory read_ram(const std::string& path) {
+  Memory memory(guest_ram);
+  std::ifstream(path, std::ios::binary).read(reinterpret_cast<char*>(memory.data()), s64(memory.size()));
+  return memory;
+}
+
+/// Runs a command for at most `seconds`, or until a second after `has_ended` says that there is nothing to wait for: a
+/// QEMU now and then does not come to its own exit. Returns the exit status, -1 when it was killed.
+int run_command(const std::string& command, unsigned seconds, auto has_ended) {
+  using std::chrono::steady_clock;
+  const pid_t child = fork();
+  if (child == 0) {
+    execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
+    _exit(127);
+  }
+  if (child < 0) return -1;
+  auto deadline = steady_clock::now() + std::chrono::seconds(seconds);
+  auto next_look = steady_clock::now() + std::chrono::seconds(2);
+  int status = 0;
+  while (waitpid(child, &status, WNOHANG) == 0) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    const auto now = steady_clock::now();
+    if (now >= deadline) kill(child, SIGKILL);
+    if (now < next_look) continue;
+    next_look = now + std::chrono::seconds(1);
+    if (has_ended()) deadline = std::min(deadline, next_look);
+  }
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+/// QEMU with a file of the guest's memory as its RAM.
+Memory run_qemu_once(const Guest& guest, unsigned seconds, End& end) {
   char directory[] = "/tmp/anykvm-oracle-XXXXXX";
   if (!mkdtemp(directory)) return {};
   const std::string base = directory;
@@ -138,33 +172,29 @@ Memory run_qemu_once(const Guest& guest, End& end) {
   std::memcpy(&bios[0xfff0], jump, sizeof jump);
   std::ofstream(base + "/bios", std::ios::binary).write(reinterpret_cast<const char*>(bios.data()), s64(bios.size()));
   const std::string command =
-      "ulimit -t 20; timeout 120 qemu-system-x86_64 -accel tcg -cpu " + guest.qemu_cpu +
+      "ulimit -t 20; exec qemu-system-x86_64 -accel tcg -cpu " + guest.qemu_cpu +
       " -nodefaults -no-user-config -display none -no-reboot -m 8M "
       "-machine pc,memory-backend=ram -object memory-backend-file,id=ram,size=8M,share=on,mem-path=" +
       base + "/ram -bios " + base + "/bios -device isa-debug-exit,iobase=0xf4,iosize=1 </dev/null >" + base +
       "/output 2>&1";
-  Memory memory;
-  const int status = std::system(command.c_str());
-  end = !WIFEXITED(status)         ? End::none
-        : WEXITSTATUS(status) == 1 ? End::guests
-        : WEXITSTATUS(status) == 0 ? End::shutdown
-                                   : End::none;
-  if (status != -1) {
-    memory.resize(guest_ram);
-    std::ifstream(base + "/ram", std::ios::binary).read(reinterpret_cast<char*>(memory.data()), s64(memory.size()));
-  }
+  const int status =
+      run_command(command, seconds, [&] { return tests_done(guest, read_ram(base + "/ram")) == guest.tests; });
+  end = status == 1 ? End::guests : status == 0 ? End::shutdown : End::none;
+  const Memory memory = read_ram(base + "/ram");
   std::filesystem::remove_all(base);
   return memory;
 }
 
 }  // namespace
 
-Memory run_in_qemu(const Guest& guest, End& end) {
+Memory run_in_qemu(const Guest& guest, int halts_in, End& end) {
   Memory memory;
   for (unsigned attempt = 0; attempt < 2; ++attempt) {
-    memory = run_qemu_once(guest, end);
-    if (memory.size() == guest_ram && tests_done(guest, memory) == guest.tests) end = End::guests;
-    if (end != End::none) break;
+    const bool may_halt = halts_in >= 0 && attempt == 0;
+    memory = run_qemu_once(guest, may_halt ? 10 : 120, end);
+    const unsigned done = memory.size() == guest_ram ? tests_done(guest, memory) : 0;
+    if (done == guest.tests) end = End::guests;
+    if (end != End::none || (may_halt && done == unsigned(halts_in))) break;
   }
   return memory;
 }

@@ -16,7 +16,8 @@ enum class End {
 /// Runs the guest and returns its memory. `why`: what the engine said where the end was not the guest's own.
 Memory run_in_engine(const Guest& guest, End& end, std::string& why);
 
-/// QEMU with a file of this memory as its RAM. A QEMU that hangs or dies is run again, once.
-Memory run_in_qemu(const Guest& guest, End& end);
+/// QEMU with a file of this memory as its RAM. A QEMU that hangs or dies is run again, once. `halts_in`: the test in
+/// which this one is expected to halt for good, -1: none; it is not waited for long there.
+Memory run_in_qemu(const Guest& guest, int halts_in, End& end);
 
 }  // namespace anykvm::oracle
