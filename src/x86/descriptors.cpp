@@ -2,29 +2,6 @@
 
 namespace anykvm::x86 {
 
-Segment flat_code(u16 selector, u8 dpl, bool long_code) {
-  return {.limit = 0xffffffff,
-          .selector = selector,
-          .type = 0xb,
-          .dpl = dpl,
-          .present = true,
-          .s = true,
-          .l = long_code,
-          .db = !long_code,
-          .g = true};
-}
-
-Segment flat_data(u16 selector, u8 dpl) {
-  return {.limit = 0xffffffff,
-          .selector = selector,
-          .type = 3,
-          .dpl = dpl,
-          .present = true,
-          .s = true,
-          .db = true,
-          .g = true};
-}
-
 Segment v86_segment(u16 selector) {
   return {.base = u64(selector) << 4,
           .limit = 0xffff,

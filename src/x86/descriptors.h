@@ -40,8 +40,27 @@ inline bool null_selector(u16 selector) { return !(selector & ~3); }
 inline Segment null_segment(u16 selector, u8 dpl = 0) { return {.selector = selector, .dpl = dpl, .unusable = true}; }
 
 /// Flat segments as SYSCALL and SYSENTER set them.
-Segment flat_code(u16 selector, u8 dpl, bool long_code);
-Segment flat_data(u16 selector, u8 dpl);
+inline Segment flat_code(u16 selector, u8 dpl, bool long_code) {
+  return {.limit = 0xffffffff,
+          .selector = selector,
+          .type = 0xb,
+          .dpl = dpl,
+          .present = true,
+          .s = true,
+          .l = long_code,
+          .db = !long_code,
+          .g = true};
+}
+inline Segment flat_data(u16 selector, u8 dpl) {
+  return {.limit = 0xffffffff,
+          .selector = selector,
+          .type = 3,
+          .dpl = dpl,
+          .present = true,
+          .s = true,
+          .db = true,
+          .g = true};
+}
 /// A segment of virtual-8086 mode.
 Segment v86_segment(u16 selector);
 

@@ -201,6 +201,23 @@ TEST_F(TranslateKernelTest, StringsStopWhereTheyFault) {
   EXPECT_EQ(translator.cpu.state.rip, kernel_code + 9);
 }
 
+TEST_F(TranslateKernelTest, KernelSavesUsersX87Pointers) {
+  both([](Guest& guest) {
+    guest.put_user({
+        0xdb, 0xe3,                                // fninit
+        0xd9, 0xe8,                                // fld1
+        0xd9, 0x14, 0x25, 0x00, 0x20, 0x40, 0x00,  // fst dword [0x402000]
+        0xd8, 0xf0,                                // fdiv st0, st0
+        0x0f, 0x05,                                // syscall
+    });
+    guest.put(system_call, {0x0f, 0xae, 0x04, 0x25, 0x00, 0x80, 0, 0, 0x0f, 0x0b});  // fxsave [0x8000] ; ud2
+  });
+  run_and_compare();
+  EXPECT_EQ(translator.cpu.state.fpu.x87_code_selector, reference.cpu.state.fpu.x87_code_selector);
+  EXPECT_EQ(translator.cpu.state.fpu.x87_data_selector, reference.cpu.state.fpu.x87_data_selector);
+  EXPECT_EQ(std::memcmp(translator.cpu.state.fpu.x87, reference.cpu.state.fpu.x87, 24), 0);
+}
+
 TEST_F(TranslateKernelTest, SystemCallsMayBeTurnedOff) {
   both([](Guest& guest) {
     guest.put_user({0x0f, 0x05});

@@ -247,6 +247,7 @@ Next Translator::step_in_block(u64 request) {
   s.rip = context_->page_base + StepRequest::offset(request);
   if (!may_step()) return Next::leave;
   if (StepRequest::sees_x87(request)) save_x87();
+  settle_x87_pointers();
   const u32 x87_missing = context_->x87_missing;
   if (!StepRequest::quick(request) || !quick_step(request)) {
     ++steps_[StepRequest::mnemonic(request)];

@@ -91,6 +91,9 @@ class Translator final : public Engine {
   // x87_state.cpp
   /// The guest's x87 registers back into the state, if the host's unit has them.
   void save_x87();
+  /// The pointers to the unit's last instruction alone: selectors are about to change, perhaps.
+  void settle_x87_pointers();
+  void note_x87_pointers(bool exception_waits);
   /// x87: the control, status and tag words and the registers of an FXSAVE image.
   void take_x87(const u8* image);
   bool x87_allowed() const { return !(cpu_->state.cr0 & (x86::cr0::em | x86::cr0::ts)); }

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <cstring>
+#include <utility>
 
 #include "engine/translate/translator.h"
 #include "x86/x87_environment.h"
@@ -30,9 +31,15 @@ void Translator::take_x87(const u8* image) {
   constexpr unsigned words = 6;  // control, status, tags; the pointers lie behind them
   std::memcpy(s.fpu.x87, image, words);
   std::memcpy(s.fpu.x87 + x86::x87_stack_offset, image + x86::x87_stack_offset, x86::x87_stack_size);
+  note_x87_pointers(x87_exception_waits(s.fpu));
   context_->x87_missing = 1;
-  const u32 last = context_->x87_last, segment = context_->x87_operand_segment;
+}
+
+void Translator::note_x87_pointers(bool exception_waits) {
+  x86::CpuState& s = cpu_->state;
+  const u32 last = std::exchange(context_->x87_last, 0);
   if (!last) return;
+  const u32 segment = std::exchange(context_->x87_operand_segment, 0);
   const bool has_operand = segment && (X87Last::has_operand(last) || !x86::x87_behaviour().operand_if_fault);
   note_x87_instruction(s.fpu,
                        {.opcode = u16(X87Last::opcode(last)),
@@ -41,7 +48,14 @@ void Translator::take_x87(const u8* image) {
                         .has_operand = has_operand,
                         .data_selector = has_operand ? s.segment[segment - 1].selector : u16(0),
                         .offset = context_->x87_operand},
-                       !context_->x87_settled && x87_exception_waits(s.fpu));
+                       !context_->x87_settled && exception_waits);
+}
+
+void Translator::settle_x87_pointers() {
+  if (context_->x87_missing || !context_->x87_last) return;
+  u16 status;
+  __asm__ volatile("fnstsw %0" : "=m"(status));
+  note_x87_pointers(status & 0x80);
 }
 
 void Translator::rescue_x87(const void* ucontext) {
