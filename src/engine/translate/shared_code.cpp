@@ -29,7 +29,8 @@ struct SharedCode::Member {
   std::atomic<bool> running{false};
   std::atomic<u32> callers{0};  ///< how many use `attention` just now
   std::atomic<std::atomic<u32>*> attention{nullptr};
-  std::atomic<u64> served{0};  ///< requests that its TLB knows of
+  std::atomic<u64> served{0};        ///< requests that its TLB knows of
+  std::atomic<bool> waiting{false};  ///< for the others to serve a request of its own
 
   static Member all[most_members];
   static std::atomic<unsigned> used;  ///< numbers up to here have been taken at some time
@@ -43,6 +44,7 @@ SharedCode::~SharedCode() {
   member_->running.store(false);
   member_->attention.store(nullptr);
   while (member_->callers.load()) sched_yield();
+  member_->waiting.store(false);
   member_->taken.store(false);
 }
 
@@ -64,18 +66,30 @@ void SharedCode::enter(std::atomic<u32>& attention) {
 }
 
 void SharedCode::leave() {
-  if (member_) member_->running.store(false, std::memory_order_release);
+  if (!member_) return;
+  member_->running.store(false);
+  // A store that was under way is over.
+  if (request_count.load() != member_->served.load(std::memory_order_relaxed)) tell_waiting();
 }
 
-void SharedCode::tell_others() const {
+template <class Wanted>
+void SharedCode::tell(Wanted wanted) const {
   const unsigned used = Member::used.load();
   for (unsigned n = 0; n < used; ++n) {
     Member& member = Member::all[n];
-    if (&member == member_ || !member.running.load()) continue;
+    if (&member == member_ || !wanted(member)) continue;
     member.callers.fetch_add(1);
     if (std::atomic<u32>* attention = member.attention.load()) attention->store(1);
     member.callers.fetch_sub(1);
   }
+}
+
+void SharedCode::tell_others() const {
+  tell([](const Member& member) { return member.running.load(); });
+}
+
+void SharedCode::tell_waiting() const {
+  tell([](const Member& member) { return member.waiting.load(); });
 }
 
 void SharedCode::written(u64 page) {
@@ -92,6 +106,7 @@ bool SharedCode::is_watched(u64 page) { return state_of(page).load() == is_code;
 bool SharedCode::watch(u64 page) {
   std::atomic<u8>& state = state_of(page);
   if (state.load() == is_code || state.exchange(is_code) != is_writable) return false;
+  if (member_) member_->waiting.store(true);  // before anybody can have served it
   const u64 number = request_count.fetch_add(1);
   requests[number % requests_kept].store((page & page_mask) | (number & number_bits));
   last_watch_ = number + 1;
@@ -118,6 +133,7 @@ bool SharedCode::must_flush() {
   }
   if (may_store) std::memset(own_, 0, sizeof own_);
   member_->served.store(count);
+  tell_waiting();
   return may_store;
 }
 
@@ -138,7 +154,10 @@ bool SharedCode::is_stale(bool serialized) {
     // Until the others have served it, a store may slip through behind a comparison.
     const bool over = settled();
     stale |= over || serialized;
-    if (over) last_watch_ = 0;
+    if (over) {
+      last_watch_ = 0;
+      if (member_) member_->waiting.store(false);
+    }
   }
   return stale;
 }

@@ -35,18 +35,22 @@ class SharedCode {
   [[nodiscard]] bool watch(u64 page);
   /// Whether watch() would find nothing to do.
   [[nodiscard]] static bool is_watched(u64 page);
-  /// Whether the TLB may let stores through to pages that others have begun to watch: flush it, and tell_others().
+  /// Whether the TLB may let stores through to pages that others have begun to watch: flush it. Those who wait for that
+  /// are told.
   [[nodiscard]] bool must_flush();
   /// Whether code may have been written that was not told of before. serialized: the guest has executed an instruction
   /// behind which it must see all that was written before.
   [[nodiscard]] bool is_stale(bool serialized);
   /// Whether must_flush() and is_stale() have nothing to say.
   [[nodiscard]] bool is_quiet() const;
-  /// Makes every other vCPU leave guest code for a moment.
-  void tell_others() const;
 
  private:
   struct Member;
+  /// Make every other vCPU, or every one that waits for its requests to be served, leave guest code for a moment.
+  void tell_others() const;
+  void tell_waiting() const;
+  template <class Wanted>
+  void tell(Wanted wanted) const;
   static constexpr unsigned own_bits = 1u << 16;
   static constexpr unsigned own_bit(u64 page) { return unsigned(page >> 12) % own_bits; }
   bool settled() const;

@@ -385,10 +385,7 @@ void Translator::limit_blocks(unsigned instructions) {
 
 bool Translator::run_once() {
   code_dropped_ = false;
-  if (shared_.must_flush()) {
-    cpu_->mmu.flush_all();
-    shared_.tell_others();
-  }
+  if (shared_.must_flush()) cpu_->mmu.flush_all();
   if (shared_.is_stale(std::exchange(serialized_, false))) {
     ++epoch_;
     flush_jumps();
