@@ -355,6 +355,22 @@ TEST_F(TranslatorAgainstReference, FlagsOnTheStack) {
   });
 }
 
+TEST_F(TranslatorAgainstReference, ShiftsByNothingKeepFlags) {
+  compare({
+      0xbb, 0x00, 0xa0, 0,    0,  // mov ebx, 0xa000
+      0xf9,                       // stc
+      0xff, 0x0b,                 // dec dword [rbx]: a check of the address between CF and who reads it
+      0x66, 0xc1, 0x4b, 0x08, 0,  // ror word [rbx + 8], 0
+      0x19, 0xc0,                 // sbb eax, eax
+      0xf9,                       // stc
+      0xff, 0x0b,                 // dec dword [rbx]
+      0xc1, 0x63, 0x08, 0x20,     // shl dword [rbx + 8], 32
+      0x19, 0xc9,                 // sbb ecx, ecx
+      0xf4,                       // hlt
+  });
+  EXPECT_EQ(u32(regs(0).rax), ~0u);
+}
+
 TEST_F(TranslatorAgainstReference, SegmentsAndPushesFromMemory) {
   compare({
       0x0f, 0x01, 0xf8,                                // swapgs

@@ -27,7 +27,7 @@ template <class Visit>
 bool visit_all(const Case& c, const Outcome& host, const Outcome& engine, Visit&& visit) {
   const Registers &i = c.in, &h = host.out, &e = engine.out;
   const u32 none = no_trap;
-  const Leniency leniency = leniency_of(c, host);
+  const Leniency leniency = leniency_of(c, host, engine.drops_dead_flags);
   if (leniency.several_parts && host.trap != engine.trap && is_of_access(engine.trap)) return true;
   if (leniency.too_long && engine.trap == 6) return true;
   if (!visit("exception ", -1, &none, &host.trap, &engine.trap, 4)) return false;

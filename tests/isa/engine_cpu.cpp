@@ -17,7 +17,11 @@ constexpr u64 handler_bytes = 16;
 }  // namespace
 
 EngineCpu::EngineCpu(std::unique_ptr<engine::Engine> engine, u64 features, std::span<const u8, data_total> pattern)
-    : machine_(ram), cpu_(machine_), engine_(std::move(engine)), features_(features) {
+    : machine_(ram),
+      cpu_(machine_),
+      engine_(std::move(engine)),
+      features_(features),
+      drops_dead_flags_(!std::strcmp(engine_->name(), engine::name_of(engine::Kind::translate))) {
   std::memcpy(pattern_, pattern.data(), data_total);
   static const u8 never = 0;
   cpu_.immediate_exit = &never;
@@ -130,6 +134,7 @@ void EngineCpu::run(const Case& c, Outcome& o) {
   std::memcpy(r.gpr, s.gpr, sizeof r.gpr);
   o.error = 0;
   o.address = 0;
+  o.drops_dead_flags = drops_dead_flags_;
   if (cpu_.exit.kind == ExitKind::halt) {  // in an exception's handler
     o.trap = u32((s.rip - system_address - 0x10000) / handler_bytes);
     const bool has_error = (o.trap >= 10 && o.trap <= 14) || o.trap == 17 || o.trap == 8 || o.trap == 21;

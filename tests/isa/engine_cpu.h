@@ -16,8 +16,9 @@ class EngineCpu {
 
   /// Runs the case to its end or its exception.
   void run(const Case& c, Outcome& out);
-  /// Instructions executed so far, those that ended in an exception not counted.
+  /// Instructions executed so far, those that ended in an exception not counted; of an engine that counts them.
   u64 instructions() const { return cpu_.instructions; }
+  bool counts_instructions() const { return name() == std::string_view(engine::name_of(engine::Kind::interpret)); }
   /// Ends an endless case. From a signal handler.
   void interrupt() { cpu_.attention.store(1, std::memory_order_relaxed); }
   u64 cases() const { return cases_; }
@@ -38,6 +39,7 @@ class EngineCpu {
   std::unique_ptr<engine::Engine> engine_;
   u64 next_table_ = tables_gpa + page_size;
   u64 features_;
+  bool drops_dead_flags_;
   u64 cases_ = 0;
   u8 pattern_[data_total];
 };

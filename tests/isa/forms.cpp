@@ -188,6 +188,10 @@ class Enumeration {
 
   void keep(Form form, const Signature& s, s8 reg, s8 rm) {
     if (s.excluded || (s.masks && !with_evex_)) return;
+    // VMCALL and VMMCALL to the processor, with prefixes that the decoder does not know them with.
+    if (!s.defined && form.encoding == Encoding::legacy && form.map == 1 && form.opcode == 1 &&
+        form.kind == Form::registers)
+      return;
     form.reg = reg;
     form.rm = rm;
     form.defined = s.defined;

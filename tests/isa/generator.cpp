@@ -114,6 +114,8 @@ void Generator::sort_out(Worker& worker) {
       }
     }
     forms.runs = std::move(runs);
+    std::copy_if(forms.runs.begin(), forms.runs.end(), std::back_inserter(forms.common),
+                 [](const Form& form) { return form.encoding == Encoding::legacy && form.map == 0; });
   }
 }
 
@@ -132,6 +134,29 @@ void Generator::make(u64 number, Case& c) const {
     const Form& form = choose(forms, turn, n == 0, random);
     if (sequence.add(form) && form.faults) break;
   }
+  sequence.finish();
+}
+
+void Generator::make_block(u64 number, Case& c) const {
+  Random random(seed_, number);
+  const Forms& forms = modes_[0];
+  begin(number, forms.mode, c);
+  Sequence sequence(c, random, features_, Sequence::Kind::block);
+  const unsigned wanted = 2 + random.below(29);
+  unsigned loop_end = 0;
+  for (unsigned n = 0; n < wanted; ++n) {
+    if (loop_end ? n == loop_end : random.one_in(8)) {
+      if (loop_end)
+        sequence.end_loop(), loop_end = 0;
+      else
+        sequence.begin_loop(), loop_end = std::min(wanted - 1, n + 1 + random.below(8));
+    }
+    const bool common = !forms.common.empty() && random.one_in(2);
+    const Form& form = common ? forms.common[random.below(unsigned(forms.common.size()))]
+                              : choose(forms, number * 31 + n, !random.one_in(8), random);
+    if (sequence.add(form) && form.faults) break;
+  }
+  if (loop_end) sequence.end_loop();
   sequence.finish();
 }
 

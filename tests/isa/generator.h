@@ -22,6 +22,8 @@ class Generator {
   std::span<const u8, data_total> pattern() const { return pattern_; }
   /// Case `number` of this seed; always the same.
   void make(u64 number, Case& c) const;
+  /// Another one: a block of up to 30 instructions, most of them the common ones, with branches and loops.
+  void make_block(u64 number, Case& c) const;
 
   struct Coverage {
     std::size_t forms, undefined;
@@ -33,6 +35,7 @@ class Generator {
   struct Forms {
     Mode mode;
     std::vector<Form> runs, faults;
+    std::vector<Form> common;  ///< of those that run, the one-byte opcodes
   };
   void begin(u64 number, Mode mode, Case& c) const;
   const Form& choose(const Forms& forms, u64 turn, bool first, Random& random) const;

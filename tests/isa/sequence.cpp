@@ -1,5 +1,8 @@
 #include "isa/sequence.h"
 
+#include <algorithm>
+#include <utility>
+
 #include "isa/segments.h"
 #include "isa/undefined.h"
 #include "x86/state.h"
@@ -49,9 +52,10 @@ bool is_far_branch(const ZydisDecodedInstruction& d) { return d.meta.branch_type
 
 }  // namespace
 
-Sequence::Sequence(Case& c, Random& random, u64 features) : c_(c), random_(random), features_(features) {
+Sequence::Sequence(Case& c, Random& random, u64 features, Kind kind)
+    : c_(c), random_(random), features_(features), block_(kind == Kind::block) {
   // Mostly at the start of the code; sometimes across the pages' border, rarely across the end.
-  c.code_offset = u16(random.one_in(8) ? page_size - random.below(24) : 0x100 + random.below(4) * 16);
+  c.code_offset = u16(random.one_in(8) ? page_size - random.below(block_ ? 200 : 24) : 0x100 + random.below(4) * 16);
   begin_segments();
   // RSP always points into the data; somewhere near a page's border once in a while.
   const u64 stack = data_address +
@@ -213,6 +217,53 @@ bool Sequence::reaches(const ZydisDecodedInstruction& d, const Operands& operand
   return true;
 }
 
+/// What neither ends the block nor spoils the addresses of those behind it, and in a loop those before it. Now and then
+/// it may.
+bool Sequence::suits_block(const ZydisDecodedInstruction& d, const Operands& operands) {
+  if (x87_selectors(d, 0).code || d.meta.category == ZYDIS_CATEGORY_RET || is_far_branch(d)) return false;
+  const bool may_spoil = random_.one_in(16);
+  for (unsigned n = 0; n < d.operand_count; ++n) {
+    if (operands[n].type != ZYDIS_OPERAND_TYPE_REGISTER || !(operands[n].actions & ZYDIS_OPERAND_ACTION_MASK_WRITE))
+      continue;
+    const int gpr = gpr_of(operands[n].reg.value);
+    if (gpr < 0) continue;
+    if (loops_ && gpr == loop_counter_) return false;
+    const bool stack = gpr == rsp && operands[n].visibility == ZYDIS_OPERAND_VISIBILITY_HIDDEN;
+    if (!may_spoil && !stack && (gpr == rsp || pinned_ >> gpr & 1)) return false;
+  }
+  return true;
+}
+
+void Sequence::begin_loop() {
+  for (unsigned tries = 0; tries < 8 && !loops_; ++tries) {
+    loop_counter_ = u8(random_.below(16));
+    loops_ = is_open(loop_counter_);
+  }
+  if (!loops_) return;
+  pin(loop_counter_, 2 + random_.below(5));
+  loop_start_ = c_.code_length;
+}
+
+void Sequence::end_loop() {
+  if (!std::exchange(loops_, false)) return;
+  u8 bytes[10] = {u8(0x48 | loop_counter_ >> 3)};
+  unsigned length = 3;
+  if (random_.one_in(2)) {  // dec, which keeps CF
+    bytes[1] = 0xff, bytes[2] = u8(0xc8 | (loop_counter_ & 7));
+  } else {  // sub, 1
+    bytes[1] = 0x83, bytes[2] = u8(0xe8 | (loop_counter_ & 7)), bytes[length++] = 1;
+  }
+  bytes[length++] = 0x0f, bytes[length++] = 0x85;  // jnz
+  if (c_.code_length + length + 4 > Case::max_code) return;
+  const s32 back = s32(loop_start_) - s32(c_.code_length + length + 4);
+  std::memcpy(bytes + length, &back, 4), length += 4;
+  std::memcpy(c_.code + c_.code_length, bytes, length);
+  c_.code_length = u16(c_.code_length + length);
+  c_.instructions = u8(c_.instructions + 2);
+  written_ |= 1u << loop_counter_;
+  add_boundary();
+}
+
 bool Sequence::add(const Form& form) {
   if (closed_) return false;
   for (unsigned tries = 0; tries < 12; ++tries) {
@@ -223,7 +274,8 @@ bool Sequence::add(const Form& form) {
     unsigned length;
     if (decode(c_.mode, bytes, 15, decoded)) {
       if (exclusion(d, operands) || (!is_known(rsp) && has_erratum(d, operands))) continue;
-      const bool must_reach = x87_selectors(d, 0).code != 0;
+      if (block_ && !suits_block(d, operands)) continue;
+      const bool must_reach = block_ || x87_selectors(d, 0).code != 0;
       if ((tries < 8 || must_reach) && !reaches(d, operands)) continue;
       if (takes_components(d) && !is_open(rax)) continue;
       length = d.length;
@@ -237,7 +289,7 @@ bool Sequence::add(const Form& form) {
     std::memcpy(c_.code + c_.code_length, bytes, length);
     c_.code_length = u16(c_.code_length + length);
     ++c_.instructions;
-    if (boundary_count_ < std::size(boundaries_)) boundaries_[boundary_count_++] = c_.code_length;
+    add_boundary();
     return true;
   }
   return false;
@@ -603,7 +655,12 @@ void Sequence::finish() {
     const Branch& branch = branches_[n];
     if (branch.bytes > 1 && random_.one_in(32)) continue;  // anywhere
     u16 to = branch.end;
-    if (random_.one_in(2))
+    if (block_) {
+      unsigned next = 0;
+      while (next < boundary_count_ && boundaries_[next] <= branch.end) ++next;
+      next += random_.below(4);  // as far as 8 bits reach
+      if (next && next <= boundary_count_) to = std::max(to, boundaries_[next - 1]);
+    } else if (random_.one_in(2))
       for (unsigned k = 0; k < boundary_count_; ++k)
         if (boundaries_[k] > branch.end && random_.one_in(2)) to = boundaries_[k];
     const s32 displacement = s32(to) - s32(branch.end);

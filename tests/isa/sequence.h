@@ -10,7 +10,12 @@ namespace anykvm::isa {
 
 class Sequence {
  public:
-  Sequence(Case& c, Random& random, u64 features);
+  enum class Kind : u8 { few, block };
+  /// `block`: many instructions, which seldom write to the registers that their addresses need.
+  Sequence(Case& c, Random& random, u64 features, Kind kind = Kind::few);
+  /// 64-bit code. What is appended between these two runs a few times, a branch out of it apart.
+  void begin_loop();
+  void end_loop();
   /// Appends an instruction of the form. false: none was found that can be compared.
   bool add(const Form& form);
   /// Sets what is still open. No add() after it.
@@ -44,6 +49,10 @@ class Sequence {
     c_.in.gpr[gpr] = value;
     pinned_ |= 1u << gpr;
   }
+  bool suits_block(const ZydisDecodedInstruction& d, const Operands& operands);
+  void add_boundary() {
+    if (boundary_count_ < std::size(boundaries_)) boundaries_[boundary_count_++] = c_.code_length;
+  }
   void finish_x87();
 
   Case& c_;
@@ -53,10 +62,14 @@ class Sequence {
   u32 vectors_ = 0, vectors_pinned_ = 0, vectors_written_ = 0;
   u8 opmasks_ = 0;
   bool x87_ = false, alignment_checks_ = true, closed_ = false;
+  const bool block_;
+  bool loops_ = false;
+  u16 loop_start_ = 0;
+  u8 loop_counter_ = 0;  ///< a general register
   Lanes lanes_ = Lanes::mixed;
-  Branch branches_[8];
+  Branch branches_[40];
   unsigned branch_count_ = 0;
-  u16 boundaries_[16];
+  u16 boundaries_[48];
   unsigned boundary_count_ = 0;
 };
 

@@ -60,7 +60,7 @@ struct Poke {
 };
 
 struct Case {
-  static constexpr unsigned max_code = 256, max_pokes = 24, max_ignored = 8;
+  static constexpr unsigned max_code = 400, max_pokes = 64, max_ignored = 8;
 
   u64 number = 0;
   Mode mode = Mode::code64;
@@ -88,9 +88,10 @@ inline constexpr u32 no_trap = ~0u, lost = ~0u - 1, endless = ~0u - 2;
 
 struct Outcome {
   Registers out;
-  u32 trap;     ///< exception vector; no_trap; lost: the worker died of it; endless: it did not come back
-  u32 error;    ///< error code
-  u64 address;  ///< CR2 of a #PF
+  u32 trap;               ///< exception vector; no_trap; lost: the worker died of it; endless: it did not come back
+  u32 error;              ///< error code
+  u64 address;            ///< CR2 of a #PF
+  bool drops_dead_flags;  ///< see undefined.cpp; of an engine
   u8 data[data_bytes];
 };
 

@@ -45,6 +45,37 @@ bool accesses_parts(const ZydisDecodedInstruction& d, const Operands& operands) 
   return false;
 }
 
+/// Shifts and rotates by 0 write no flags, whatever the decoder's tables say.
+bool may_shift_by_nothing(const ZydisDecodedInstruction& d, const Operands& operands) {
+  if (d.meta.category != ZYDIS_CATEGORY_SHIFT && d.meta.category != ZYDIS_CATEGORY_ROTATE) return false;
+  const ZydisDecodedOperand& count = operands[d.operand_count_visible - 1];
+  return count.type != ZYDIS_OPERAND_TYPE_IMMEDIATE || !(count.imm.value.u & (d.operand_width == 64 ? 0x3f : 0x1f));
+}
+
+/// Which of the flags the code from offset `at` on may read before it writes them.
+u64 live_flags(const Case& c, u64 at, u64 flags, unsigned& budget) {
+  u64 live = 0;
+  while (flags && at < c.code_length && budget) {
+    --budget;
+    engine::Decoded decoded;
+    const auto& [d, operands] = decoded;
+    if (!decode(c.mode, c.code + at, unsigned(c.code_length - at), decoded)) break;
+    at += d.length;
+    if (d.cpu_flags) {
+      live |= flags & d.cpu_flags->tested;
+      flags &= ~u64(d.cpu_flags->tested);
+      if (!may_shift_by_nothing(d, operands))
+        flags &= ~u64(d.cpu_flags->modified | d.cpu_flags->set_0 | d.cpu_flags->set_1 | d.cpu_flags->undefined);
+    }
+    if (d.meta.branch_type == ZYDIS_BRANCH_TYPE_NONE) continue;
+    if (operands[0].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || !operands[0].imm.is_relative) break;
+    const u64 target = at + operands[0].imm.value.u;
+    if (d.meta.category == ZYDIS_CATEGORY_COND_BR) live |= live_flags(c, at, flags, budget);
+    at = target;
+  }
+  return live | flags;
+}
+
 }  // namespace
 
 bool is_of_access(u32 trap) { return (trap >= 12 && trap <= 14) || trap == 17; }
@@ -55,7 +86,7 @@ u64 undefined_flags_of(ZydisMnemonic mnemonic) {
   return 0;
 }
 
-Leniency leniency_of(const Case& c, const Outcome& host) {
+Leniency leniency_of(const Case& c, const Outcome& host, bool drops_dead_flags) {
   constexpr u8 exception_summary = 0x80;
   Leniency leniency{.x87_pointers = x86::x87_behaviour().drops_pointers && !(host.out.fx[2] & exception_summary)};
   engine::Decoded decoded;
@@ -67,6 +98,9 @@ Leniency leniency_of(const Case& c, const Outcome& host) {
     leniency.too_long = host.trap == 13 && d.mnemonic == ZYDIS_MNEMONIC_VMREAD && d.length + 2 > 15;
     leniency.several_parts = is_of_access(host.trap) && accesses_parts(d, operands);
   }
+  unsigned budget = 64;
+  if (drops_dead_flags && host.trap != no_trap)
+    leniency.flags |= flag::arithmetic & ~live_flags(c, culprit, flag::arithmetic, budget);
   if (c.mode == Mode::code64) return leniency;
   for (unsigned at = 0; at < c.code_length && decode(c.mode, c.code + at, c.code_length - at, decoded); at += d.length)
     leniency.flags |= undefined_flags_of(d.mnemonic);

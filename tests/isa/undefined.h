@@ -18,8 +18,9 @@ bool is_of_access(u32 trap);
 /// The flags that an instruction leaves undefined and that the engine does not take from the host.
 u64 undefined_flags_of(ZydisMnemonic mnemonic);
 
-/// What must not be compared of this case, given how it ended on the host.
-Leniency leniency_of(const Case& c, const Outcome& host);
+/// What must not be compared of this case, given how it ended on the host. drops_dead_flags: the engine does not keep
+/// arithmetic flags over which the code behind an exception writes before it reads any (docs/quirks.md).
+Leniency leniency_of(const Case& c, const Outcome& host, bool drops_dead_flags);
 
 /// Where the code and data selectors of the last x87 instruction lie in what such an instruction stores: the state that
 /// KVM's API carries has no room for them. Offsets; 0: none.

@@ -144,13 +144,14 @@ class MaskedOperand {
   /// The byte of the operand at which the instruction faults when the operand lies at `at`; size_: it does not.
   unsigned probe(u8* at) {
     x86::FpuState& fpu = c_.cpu.state.fpu;
-    x86::FpuState before = fpu;
+    const x86::FpuState before = fpu;
     fpu.mxcsr = 0x1f80;
     at_ = at;
     const bool ran = run_guarded();
-    // Translated code may have left the guest's x87 registers in the host's unit: a fault puts them into the state.
-    if (i_.unit != Unit::mmx) std::memcpy(before.x87, fpu.x87, sizeof before.x87);
-    fpu = before;
+    if (ran)
+      fpu = before;
+    else
+      fpu.mxcsr = before.mxcsr;  // the rest is as it was, but for what a translator saves into it at a fault
     return ran ? size_ : unsigned(accessed_ - at);
   }
   /// false: the host faulted at accessed_.

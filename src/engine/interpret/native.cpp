@@ -20,10 +20,11 @@ u16 x87_status(const x86::CpuState& state) {
   return status;
 }
 
-/// An x87 store that met an unmasked exception other than inexactness has stored nothing.
+/// An x87 store that met an unmasked exception other than inexactness has stored nothing. (FNSTCW and FNSTSW, which do
+/// not look at exceptions, have.)
 bool kept_its_result(const Context& c, const Instruction& i) {
   const u8* image = c.cpu.state.fpu.x87;
-  return i.unit == Unit::x87 && image[2] & ~image[0] & 0x1f;
+  return i.unit == Unit::x87 && i.waits_for_x87 && image[2] & ~image[0] & 0x1f;
 }
 
 }  // namespace

@@ -11,10 +11,13 @@ using Form = Cpu::Xsave;
 namespace cr0 = x86::cr0;
 namespace cr4 = x86::cr4;
 
-/// The image's address, aligned as the instruction demands. The sizes differ: rights are checked by the move itself.
-Result image_address(Context& c, const Instruction& i, unsigned alignment, Access access, Gva& gva) {
+constexpr unsigned fxsave_size = 512, least_xsave_size = 576;
+
+/// The image's address, aligned as the instruction demands. size: that of the parts that are always there; how much
+/// more there is differs, and the move itself checks the rights.
+Result image_address(Context& c, const Instruction& i, unsigned alignment, unsigned size, Access access, Gva& gva) {
   gva = 0;
-  const Result located = memory_address(c, i, 1, access, gva);
+  const Result located = memory_address(c, i, c.cpu.state.code_bits == 64 ? 1 : size, access, gva);
   return gva & (alignment - 1) ? c.cpu.gp() : located;  // alignment comes first
 }
 
@@ -22,14 +25,14 @@ template <bool wide>
 Result fxsave(Context& c, const Instruction& i) {
   Gva gva;
   if (c.cpu.state.cr0 & (cr0::em | cr0::ts)) return c.cpu.raise(x86::exception::nm);
-  ANYKVM_TRY(image_address(c, i, 16, Access::write, gva));
+  ANYKVM_TRY(image_address(c, i, 16, fxsave_size, Access::write, gva));
   return c.cpu.fxsave(gva, wide);
 }
 template <bool wide>
 Result fxrstor(Context& c, const Instruction& i) {
   Gva gva;
   if (c.cpu.state.cr0 & (cr0::em | cr0::ts)) return c.cpu.raise(x86::exception::nm);
-  ANYKVM_TRY(image_address(c, i, 16, Access::read, gva));
+  ANYKVM_TRY(image_address(c, i, 16, fxsave_size, Access::read, gva));
   return c.cpu.fxrstor(gva, wide);
 }
 
@@ -50,7 +53,7 @@ Result xsave(Context& c, const Instruction& i) {
     if (c.cpu.state.cpl) return c.cpu.gp();
   }
   Gva gva;
-  ANYKVM_TRY(image_address(c, i, 64, Access::write, gva));
+  ANYKVM_TRY(image_address(c, i, 64, least_xsave_size, Access::write, gva));
   return c.cpu.xsave(gva, edx_eax(c), form, wide);
 }
 template <bool supervisor, bool wide>
@@ -61,7 +64,7 @@ Result xrstor(Context& c, const Instruction& i) {
     if (c.cpu.state.cpl) return c.cpu.gp();
   }
   Gva gva;
-  ANYKVM_TRY(image_address(c, i, 64, Access::read, gva));
+  ANYKVM_TRY(image_address(c, i, 64, least_xsave_size, Access::read, gva));
   return c.cpu.xrstor(gva, edx_eax(c), supervisor, wide);
 }
 

@@ -202,6 +202,14 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
   return may_continue(d) || runs_natively(d) ? Kind::step : Kind::step_and_end;
 }
 
+/// A shift or rotate whose immediate count comes down to 0 writes no flags, whatever the decoder's tables say.
+bool shifts_by_nothing(const Decoded& d) {
+  const ZydisDecodedInstruction& i = d.instruction;
+  if (i.meta.category != ZYDIS_CATEGORY_SHIFT && i.meta.category != ZYDIS_CATEGORY_ROTATE) return false;
+  const unsigned count = i.operand_count_visible - 1u;
+  return d.is_immediate(count) && !(d.operands[count].imm.value.u & (i.operand_width == 64 ? 0x3f : 0x1f));
+}
+
 }  // namespace
 
 bool has_repeat_prefix(const Decoded& d) {
@@ -290,7 +298,7 @@ Analysis analyse(const Decoded& d, bool supervisor) {
     return result;
   }
   result.flags_read = flags->tested & all_flags;
-  bool conditional = false;
+  bool conditional = shifts_by_nothing(d);
   for (unsigned n = 0; n < d.instruction.operand_count; ++n)
     if (d.is_register(n) && d.register_class(n) == ZYDIS_REGCLASS_FLAGS &&
         d.operands[n].actions & ZYDIS_OPERAND_ACTION_CONDWRITE)

@@ -23,9 +23,12 @@ bool Translator::find(u64 rip, u32 request, u64 rsp) {
   if (cpu_->canonical(rip)) return find(rip);
   context_->branch = context_->page_base + BranchRequest::offset(request);
   context_->undo = u64(s64(BranchRequest::undo(request)));
-  if (BranchRequest::restores(request))
-    if (u8* pushed = cpu_->mmu.find(rsp, 8, x86::Access::write, mode_.privilege))
-      std::memcpy(pushed, &context_->replaced, 8);
+  if (BranchRequest::restores(request)) {
+    // The push has just found its page here; the MMU may have other pages in the place of this one.
+    const TlbEntry& stack = context_->tlb[unsigned(mode_.privilege)][rsp >> 12 & (tlb_entries - 1)];
+    if (stack.minus_write == -(rsp & page_mask))
+      std::memcpy(reinterpret_cast<u8*>(stack.host + (rsp & ~page_mask)), &context_->replaced, 8);
+  }
   context_->faulted = 1;
   context_->enter_at = u64(stubs_.take_back[mode_.vectors]);
   return true;
