@@ -92,8 +92,7 @@ u8 Translator::vectors_allowed() const {
   if (s.cr0 & (x86::cr0::em | x86::cr0::ts) || !(s.cr4 & x86::cr4::osfxsr) || !(s.cr4 & x86::cr4::osxsave) ||
       (s.xcr0 & needed) != needed)
     return no_vectors;
-  return (s.xcr0 & needed_for_all) == needed_for_all && x86::supports(x86::Feature::avx512bw) ? all_vectors
-                                                                                              : first_vectors;
+  return (s.xcr0 & needed_for_all) == needed_for_all && host_has_all_vectors_ ? all_vectors : first_vectors;
 }
 
 bool Translator::translatable() const {
@@ -288,13 +287,27 @@ Next Translator::go_on() {
   return Next(unsigned(Next::enter) + mode.vectors);
 }
 
-/// Kernels hardly use the vector registers: their code begins without. User code has them if it had them last.
+/// Kernels hardly use the vector registers: their code begins without. User code has them if it had them last; but to
+/// move them all at each entry to the kernel costs more than a small system call, so that now and then it is tried
+/// without, less often when that was no use.
 Mode Translator::next_mode(u8 wants_vectors) {
+  constexpr u32 first_trial = 64, last_trial = 1u << 16;
   Mode mode = mode_;
   if (mode.privilege != cpu_->data_privilege) {
-    if (mode.privilege == x86::Privilege::user) user_vectors_ = mode.vectors;
-    mode = {cpu_->data_privilege, cpu_->data_privilege == x86::Privilege::user ? user_vectors_ : u8(no_vectors)};
+    if (mode.privilege == x86::Privilege::user) {
+      user_vectors_ = mode.vectors;
+      if (std::exchange(tries_without_, false)) trial_after_ = first_trial;
+    }
+    mode = {cpu_->data_privilege, no_vectors};
+    if (mode.privilege == x86::Privilege::user && user_vectors_) {
+      tries_without_ = ++entries_with_vectors_ >= trial_after_;
+      if (tries_without_)
+        entries_with_vectors_ = 0;
+      else
+        mode.vectors = user_vectors_;
+    }
   }
+  if (wants_vectors && std::exchange(tries_without_, false)) trial_after_ = std::min(2 * trial_after_, last_trial);
   mode.vectors = std::min(std::max(mode.vectors, wants_vectors), vectors_allowed());
   return mode;
 }

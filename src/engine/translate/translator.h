@@ -119,6 +119,10 @@ class Translator final : public Engine {
   bool in_run_ = false;
   bool keep_code_ = false;
   SharedCode shared_;
+  const bool host_has_all_vectors_ = x86::supports(x86::Feature::avx512bw);
+  bool tries_without_ = false;                    ///< user code runs without the vector registers that it had
+  u32 trial_after_ = 64;                          ///< how many entries to user code with them come before a trial
+  u32 entries_with_vectors_ = 0;                  ///< since the last
   u8 user_vectors_ = no_vectors;                  ///< user code had the vector registers when it was left
   bool serialized_ = false;                       ///< the guest has executed an instruction that serializes, perhaps
   bool code_dropped_ = false;                     ///< the block that runs may be gone
