@@ -61,7 +61,7 @@ class Comparison {
       : blocks_(blocks),
         generator_(seed, features(), modes),
         worker_(features(), generator_.pattern()),
-        engine_(make_engine(), features(), generator_.pattern()),
+        engine_(make_engine(), features(), generator_.pattern(), worker_.cpu_limit()),
         watch_(engine_) {
     generator_.sort_out(worker_);
   }

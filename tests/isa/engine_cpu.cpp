@@ -16,7 +16,8 @@ constexpr u64 present_writable_user = 7, present_user = 5, present_writable = 3,
 constexpr u64 handler_bytes = 16;
 }  // namespace
 
-EngineCpu::EngineCpu(std::unique_ptr<engine::Engine> engine, u64 features, std::span<const u8, data_total> pattern)
+EngineCpu::EngineCpu(std::unique_ptr<engine::Engine> engine, u64 features, std::span<const u8, data_total> pattern,
+                     unsigned cpu_limit)
     : machine_(ram),
       cpu_(machine_),
       engine_(std::move(engine)),
@@ -40,6 +41,8 @@ EngineCpu::EngineCpu(std::unique_ptr<engine::Engine> engine, u64 features, std::
 
   const auto gdt = global_descriptors();
   std::memcpy(machine_.base + system_gpa, gdt.data(), gdt.size_bytes());
+  const u64 cpu_number = system_gpa + (cpu_number_selector & ~7u);
+  machine_.put<u64>(cpu_number, machine_.get<u64>(cpu_number) | (cpu_limit & 0xffff) | u64(cpu_limit & 0xf0000) << 32);
   for (u64 vector = 0; vector < 32; ++vector) {
     const u64 handler = system_address + 0x10000 + vector * handler_bytes;
     const u64 dpl = vector == 3 || vector == 4 ? 3 : 0;

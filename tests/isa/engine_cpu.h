@@ -12,7 +12,9 @@ namespace anykvm::isa {
 
 class EngineCpu {
  public:
-  EngineCpu(std::unique_ptr<engine::Engine> engine, u64 features, std::span<const u8, data_total> pattern);
+  /// cpu_limit: Worker::cpu_limit().
+  EngineCpu(std::unique_ptr<engine::Engine> engine, u64 features, std::span<const u8, data_total> pattern,
+            unsigned cpu_limit);
 
   /// Runs the case to its end or its exception.
   void run(const Case& c, Outcome& out);

@@ -22,7 +22,7 @@ inline constexpr u64 image_offset = page_size + 0x400;
 inline constexpr u32 narrow_stack_high = 0x6b3d0000;
 
 /// Selectors of Linux' GDT, which the guest's has, too; and the LDT's, see segments.h.
-inline constexpr u16 code64_selector = 0x33, code32_selector = 0x23, data_selector = 0x2b;
+inline constexpr u16 code64_selector = 0x33, code32_selector = 0x23, data_selector = 0x2b, cpu_number_selector = 0x7b;
 
 enum class Mode : u8 { code64, code32, code16 };
 inline constexpr unsigned bits_of(Mode mode) { return mode == Mode::code64 ? 64 : mode == Mode::code32 ? 32 : 16; }

@@ -3,6 +3,7 @@
 #include <cpuid.h>
 #include <linux/seccomp.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -188,6 +189,7 @@ struct Worker::Shared {
   volatile unsigned first, count;  ///< what to run
   volatile unsigned current;       ///< what runs
   volatile bool has_local_segments;
+  volatile unsigned cpu_limit;
   Case cases[batch];
   Outcome outcomes[batch];
 };
@@ -216,7 +218,7 @@ u64 cpu_milliseconds(int process) {
 }
 }  // namespace
 
-Worker::Worker(u64 features, std::span<const u8, data_total> pattern) : features_(features) {
+Worker::Worker(u64 features, std::span<const u8, data_total> pattern) : features_(features), host_cpu_(sched_getcpu()) {
   void* at = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
   if (at == MAP_FAILED) abort();
   shared_ = static_cast<Shared*>(at);
@@ -232,6 +234,7 @@ Worker::~Worker() {
 std::span<Case, Worker::batch> Worker::cases() { return shared_->cases; }
 std::span<Outcome, Worker::batch> Worker::outcomes() { return shared_->outcomes; }
 bool Worker::has_local_segments() const { return shared_->has_local_segments; }
+unsigned Worker::cpu_limit() const { return shared_->cpu_limit; }
 
 void Worker::start() {
   int down[2], up[2];
@@ -276,6 +279,13 @@ void Worker::start() {
   state().features = features_;
   state().host_mxcsr = 0x1f80;
   shared_->has_local_segments = install_local_segments();
+  cpu_set_t cpu;
+  CPU_ZERO(&cpu);
+  CPU_SET(unsigned(host_cpu_), &cpu);
+  sched_setaffinity(0, sizeof cpu, &cpu);
+  unsigned limit = 0;
+  __asm__("lsl %1, %0" : "+r"(limit) : "r"(unsigned(cpu_number_selector)));
+  shared_->cpu_limit = limit;
 
   constexpr std::size_t stack_bytes = 64 << 10;
   const stack_t stack{.ss_sp = map_at(0, stack_bytes, PROT_READ | PROT_WRITE), .ss_flags = 0, .ss_size = stack_bytes};

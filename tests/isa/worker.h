@@ -25,6 +25,8 @@ class Worker {
 
   /// Whether 16- and 32-bit code can be run.
   bool has_local_segments() const;
+  /// The limit of the GDT's segment that tells which CPU a process runs on; the worker stays there.
+  unsigned cpu_limit() const;
   unsigned restarts() const { return restarts_; }
 
  private:
@@ -35,6 +37,7 @@ class Worker {
   Shared* shared_;
   u64 features_;
   int process_ = -1;
+  int host_cpu_;
   int to_child_ = -1, from_child_ = -1;
   unsigned restarts_ = 0;
 };
