@@ -3,17 +3,96 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
+
+#include "engine/translate/block.h"
+
 namespace anykvm::engine::translate {
 namespace {
 
-TEST(CodeCache, FreeCodeNeverBeginsBehindTheEnd) {
-  CodeCache cache;
-  cache.keep_code(cache.free_code() + 8);  // stubs of any length
-  CodePage* page = cache.page_for(0x1000);
-  ASSERT_NE(page, nullptr);
-  const std::size_t left = std::size_t(cache.code_end() - cache.free_code());
-  ASSERT_NE(cache.add(*page, 0x1000, 0, left - 1, 1, 1, 1), nullptr);
-  EXPECT_LE(cache.free_code(), cache.code_end());
+class CodeCacheTest : public testing::Test {
+ protected:
+  /// A block that takes so much of both parts of its segment; nullptr: there is no room.
+  Block* add(u64 address, std::size_t hot, std::size_t cold) {
+    CodePage* page = cache.page_for(address & page_mask);
+    const CodeRoom at = cache.room(), end = cache.room_end();
+    if (!page || hot > std::size_t(end.hot - at.hot) || cold > std::size_t(end.cold - at.cold)) return nullptr;
+    return cache.add(*page, address, 0, {at.hot + hot, at.cold + cold}, u32(hot), at.cold, 0, 1);
+  }
+
+  CodeCache cache{CodeCache::least_bytes};
+};
+
+TEST_F(CodeCacheTest, FreeCodeNeverBeginsBehindTheEnd) {
+  cache.keep_code(cache.room().hot + 8);  // stubs of any length
+  const std::size_t left = std::size_t(cache.room_end().hot - cache.room().hot);
+  const std::size_t cold_left = std::size_t(cache.room_end().cold - cache.room().cold);
+  ASSERT_NE(add(0x1000, left - 1, cold_left - 1), nullptr);
+  EXPECT_LE(cache.room().hot, cache.room_end().hot);
+  EXPECT_LE(cache.room().cold, cache.room_end().cold);
+}
+
+TEST_F(CodeCacheTest, TheOldestMakesRoomAndTheRestIsFound) {
+  constexpr u64 pages = 2000;
+  const u8* const stubs_end = cache.room().hot + 100;
+  cache.keep_code(stubs_end);
+  unsigned evicted = 0;
+  for (u64 n = 0; n < 20 * pages; ++n) {
+    // Two blocks for each page, pages far apart in time.
+    const u64 address = 0x10000 + n % pages * page_size + n / pages % 2 * 64;
+    if (cache.find(address, 0)) continue;
+    Block* block = add(address, 900 + n % 7 * 16, 500);
+    if (!block) {
+      cache.evict();
+      ++evicted;
+      block = add(address, 900, 500);
+    }
+    ASSERT_NE(block, nullptr) << n;
+    ASSERT_GE(block->code, stubs_end);
+    ASSERT_EQ(cache.find(address, 0), block);
+    EXPECT_EQ(cache.block_with(block->code + 899), block);
+    EXPECT_NE(cache.block_with(block->code - 1), block);
+  }
+  EXPECT_GT(evicted, CodeCache::segments);
+  // What is found lies where it says, and its page has it.
+  u64 found = 0;
+  for (u64 n = 0; n < 2 * pages; ++n) {
+    const u64 address = 0x10000 + n % pages * page_size + n / pages * 64;
+    const Block* block = cache.find(address, 0);
+    if (!block) continue;
+    ++found;
+    EXPECT_EQ(block->address, address);
+    EXPECT_EQ(cache.block_with(block->code), block);
+    EXPECT_NE(cache.find_page(address & page_mask)->first_block, 0u);
+  }
+  EXPECT_GT(found, 300u);  // about a segment's worth: a page goes with its first block
+}
+
+TEST_F(CodeCacheTest, ARewrittenPagesBlocksAreForgotten) {
+  for (u64 n = 0; n < 1000; ++n) ASSERT_NE(add(0x10000 + n * 64, 16, 16), nullptr);
+  cache.drop(*cache.find_page(0x13000));
+  for (u64 n = 0; n < 1000; ++n) {
+    const u64 address = 0x10000 + n * 64;
+    EXPECT_EQ(cache.find(address, 0) == nullptr, (address & page_mask) == 0x13000) << address;
+  }
+}
+
+TEST_F(CodeCacheTest, ABlockThatDoesNotFitWritesNowhereElse) {
+  u8 page[page_size];
+  for (unsigned n = 0; n < page_size; ++n) page[n] = n % 2 ? 0x10 : 0x74;  // jz +16
+  u8 code[8192];
+  u8 *const hot = code, *const cold = code + 4096;
+  Assembler a(cache.room().hot, cache.room_end().hot);
+  const Stubs stubs = emit_stubs(a, false);
+  const BlockRequest request{
+      .page = page, .address = 0x10000, .offset = 0, .mode = {}, .stubs = &stubs, .cache = &cache, .limit = 8};
+  bool fits = false;
+  for (unsigned room = 0; !fits && room < 4096; ++room) {
+    std::memset(code, 0xcc, sizeof code);
+    fits = translate_block(request, {hot, cold}, {hot + room, cold + 4096}).end.hot;
+    for (unsigned n = room; n < 4096; ++n) ASSERT_EQ(code[n], 0xcc) << n << " with room for " << room;
+  }
+  EXPECT_TRUE(fits);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cstring>
+#include <utility>
 
 #include "engine/interpret/operands.h"
 #include "engine/translate/rewrite.h"
@@ -82,6 +83,7 @@ void Translation::collect() {
     offset += g.d.instruction.length;
     g.next = u16(offset);
     ++count_;
+    const bool branches = g.what.kind == Kind::jump || g.what.kind == Kind::jump_if;
     if (g.what.kind == Kind::jump && branch_target(g) >= s32(g.next) && in_page(branch_target(g))) {
       g.what.kind = Kind::nothing;
       offset = unsigned(branch_target(g));
@@ -91,6 +93,8 @@ void Translation::collect() {
       break;
     }
     if (offset >= page_size) break;
+    // What has been emitted is not emitted again behind each branch that leads there.
+    if (branches && request_.cache->find(request_.address + offset, request_.mode.number())) break;
   }
   falls_to_ = s32(offset);
   // Between STI and the instruction behind it no interrupt may come.
@@ -641,17 +645,19 @@ BlockCode Translation::run() {
     emit_crossing_end();
   else if (falls_through_)
     link(falls_to_, exit_flags_live_, count_ - 1);
+  const Assembler hot = std::exchange(a_, cold_assembler_);
+  if (hot.overflowed()) return {};  // the cold parts would be aimed at from where there is nothing
   for (unsigned n = 0; n < cold_count_; ++n) emit_cold(cold_[n]);
-  const u32 code_bytes = u32(a_.here() - begin);
+  const u8* const places = a_.here();
   for (unsigned n = 0; n < count_; ++n) {
     const PlaceInBlock place{u16((n ? after_[n - 1] : begin) - begin), guests_[n].offset};
     a_.dword(place.code | u32(place.offset) << 16);
   }
   if (a_.overflowed() || out_of_room_) return {};
-  return {a_.here(), code_bytes, count_, lines_};
+  return {{hot.here(), a_.here()}, u32(hot.here() - begin), places, count_, lines_};
 }
 
-BlockCode translate_block(const BlockRequest& request, u8* at, u8* end) {
+BlockCode translate_block(const BlockRequest& request, CodeRoom at, CodeRoom end) {
   Translation translation(request, at, end);
   return translation.run();
 }

@@ -25,15 +25,16 @@ struct BlockRequest {
   bool supervised = false;     ///< only what may be repeated (is_repeatable) is emitted, the rest are steps
 };
 
-/// A block as it lies in memory: its code, and behind it one PlaceInBlock for each instruction.
+/// A block as it lies in memory: its code, what it seldom runs, and one PlaceInBlock for each instruction.
 struct BlockCode {
-  u8* end = nullptr;  ///< behind all of it; nullptr: there was no room
+  CodeRoom end{};  ///< behind all of it; hot is nullptr: there was no room
   u32 code_bytes = 0;
+  const u8* places = nullptr;
   u32 instructions = 0;
   u64 lines = 0;  ///< of 64 bytes of the page that it depends on: bit 0 the first
 };
 
 /// Emits the block at [at, end).
-BlockCode translate_block(const BlockRequest& request, u8* at, u8* end);
+BlockCode translate_block(const BlockRequest& request, CodeRoom at, CodeRoom end);
 
 }  // namespace anykvm::engine::translate

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <x86intrin.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -17,7 +18,7 @@ T* map(std::size_t count, int protection = PROT_READ | PROT_WRITE) {
   return static_cast<T*>(at);
 }
 template <class T>
-void forget(T* at, std::size_t count) {
+void give_back(T* at, std::size_t count) {
   madvise(at, count * sizeof(T), MADV_DONTNEED);
 }
 
@@ -25,8 +26,9 @@ u32 mix(u64 value) { return u32((value * 0x9e3779b97f4a7c15) >> 40); }
 
 }  // namespace
 
-CodeCache::CodeCache()
-    : code_(map<u8>(code_bytes, PROT_READ | PROT_WRITE | PROT_EXEC)),
+CodeCache::CodeCache(std::size_t bytes)
+    : segment_bytes_(std::clamp(bytes, least_bytes, most_bytes) / segments & ~std::size_t(255)),
+      code_(map<u8>(segments * segment_bytes_, PROT_READ | PROT_WRITE | PROT_EXEC)),
       blocks_(map<Block>(max_blocks)),
       block_index_(map<u32>(block_slots)),
       pages_(map<CodePage>(max_pages)),
@@ -34,7 +36,7 @@ CodeCache::CodeCache()
       page_index_(map<u32>(page_slots)) {}
 
 CodeCache::~CodeCache() {
-  munmap(code_, code_bytes);
+  munmap(code_, segments * segment_bytes_);
   munmap(blocks_, max_blocks * sizeof(Block));
   munmap(block_index_, block_slots * sizeof(u32));
   munmap(pages_, max_pages * sizeof(CodePage));
@@ -46,7 +48,6 @@ u32 CodeCache::block_slot(u64 address, unsigned mode) { return mix(address * 8 +
 
 Block* CodeCache::find(u64 address, unsigned mode) {
   for (u32 slot = block_slot(address, mode); block_index_[slot]; slot = (slot + 1) % block_slots) {
-    if (block_index_[slot] == removed) continue;
     Block& block = blocks_[block_index_[slot]];
     if (block.address == address && block.mode == mode) return &block;
   }
@@ -70,7 +71,10 @@ CodePage* CodeCache::page_for(u64 address) {
   return &page;
 }
 
-void CodeCache::take_copy(CodePage& page) {
+void CodeCache::take_copy(CodePage& page, u64 epoch) {
+  // Nobody writes to a page that has blocks and keeps them.
+  if (page.first_block && page.copied == epoch) return;
+  page.copied = epoch;
   u8* const copy = copies_ + (&page - pages_) * page_size;
   for (unsigned line = 0; line < page_size / line_bytes; ++line)
     if (!(page.lines >> line & 1))
@@ -89,28 +93,33 @@ bool CodeCache::is_unchanged(const CodePage& page) const {
   return true;
 }
 
-Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, std::size_t used, u32 code_bytes, u32 instructions,
-                      u64 lines) {
-  if (block_count_ == max_blocks) return nullptr;
+Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, CodeRoom used, u32 code_bytes, const u8* places,
+                      u32 instructions, u64 lines) {
+  if (blocks_used_[segment_] == blocks_in_segment) return nullptr;
+  const u32 number = segment_ * blocks_in_segment + blocks_used_[segment_];
   u32 slot = block_slot(address, mode);
-  while (block_index_[slot] && block_index_[slot] != removed) slot = (slot + 1) % block_slots;
-  block_index_[slot] = block_count_;
-  Block& block = blocks_[block_count_];
+  while (block_index_[slot]) slot = (slot + 1) % block_slots;
+  block_index_[slot] = number;
+  Block& block = blocks_[number];
   block = {.address = address,
-           .code = free_code(),
+           .code = room().hot,
            .next_in_page = page.first_block,
            .code_bytes = code_bytes,
+           .places = places,
            .instructions = u16(instructions),
            .mode = u8(mode)};
-  page.first_block = block_count_++;
+  ++blocks_used_[segment_];
+  page.first_block = number;
   page.lines |= lines;
-  code_used_ += aligned(used);
+  hot_used_ = aligned(std::size_t(used.hot - hot_of(segment_)));
+  cold_used_ = aligned(std::size_t(used.cold - cold_of(segment_)));
   return &block;
 }
 
 const Block* CodeCache::block_with(const u8* host) const {
-  // Numbers and code addresses grow together.
-  u32 first = 1, behind = block_count_;
+  // Numbers and code addresses of a segment grow together.
+  const u32 segment = u32(std::size_t(host - code_) / segment_bytes_), none = segment * blocks_in_segment + !segment;
+  u32 first = none, behind = segment * blocks_in_segment + blocks_used_[segment];
   while (first < behind) {
     const u32 middle = (first + behind) / 2;
     if (blocks_[middle].code <= host)
@@ -118,36 +127,55 @@ const Block* CodeCache::block_with(const u8* host) const {
     else
       behind = middle;
   }
-  if (first == 1) return nullptr;
+  if (first == none) return nullptr;
   const Block& block = blocks_[first - 1];
   return host < block.code + block.code_bytes ? &block : nullptr;
 }
 
 int CodeCache::instruction_at(const Block& block, const u8* host) {
-  const u8* places = block.code + block.code_bytes;
   int found = -1;
   for (u32 n = 0; n < block.instructions; ++n) {
     PlaceInBlock place;
-    std::memcpy(&place, places + n * sizeof place, sizeof place);
+    std::memcpy(&place, block.places + n * sizeof place, sizeof place);
     if (block.code + place.code > host) break;
     found = place.offset;
   }
   return found;
 }
 
-void CodeCache::supersede(const Block& block) {
-  const u32 number = u32(&block - blocks_);
-  for (u32 slot = block_slot(block.address, block.mode); block_index_[slot]; slot = (slot + 1) % block_slots)
-    if (block_index_[slot] == number) {
-      block_index_[slot] = removed;
-      break;
-    }
+/// Takes a block out of the index, if it is there, and moves those behind it up that would not be found any more.
+void CodeCache::remove(u32 number) {
+  u32 hole = block_slot(blocks_[number].address, blocks_[number].mode);
+  while (block_index_[hole] != number) {
+    if (!block_index_[hole]) return;
+    hole = (hole + 1) % block_slots;
+  }
+  for (u32 slot = (hole + 1) % block_slots; block_index_[slot]; slot = (slot + 1) % block_slots) {
+    const Block& block = blocks_[block_index_[slot]];
+    const u32 wanted = block_slot(block.address, block.mode);
+    if ((slot - wanted) % block_slots < (slot - hole) % block_slots) continue;
+    block_index_[hole] = block_index_[slot];
+    hole = slot;
+  }
+  block_index_[hole] = 0;
+}
+
+void CodeCache::supersede(Block& block) {
+  remove(u32(&block - blocks_));
+  block.generation = 0;
+}
+
+void CodeCache::forget(CodePage& page) {
+  for (u32 number = page.first_block; number; number = blocks_[number].next_in_page) {
+    remove(number);
+    blocks_[number].address = 0;
+  }
+  page.first_block = 0;
+  page.lines = 0;
 }
 
 void CodeCache::drop(CodePage& page) {
-  for (u32 number = page.first_block; number; number = blocks_[number].next_in_page) supersede(blocks_[number]);
-  page.first_block = 0;
-  page.lines = 0;
+  forget(page);
   const u64 now = __rdtsc();
   if (now - page.since > rewrites_window) {
     page.since = now;
@@ -160,14 +188,38 @@ bool CodeCache::is_too_lively(const CodePage& page) const {
   return !patient_ && page.rewritten > most_rewrites && __rdtsc() - page.since <= rewrites_window;
 }
 
+void CodeCache::evict() {
+  segment_ = (segment_ + 1) % segments;
+  const u32 first = segment_ * blocks_in_segment;
+  for (u32 number = first + !segment_; number < first + blocks_used_[segment_]; ++number) {
+    if (blocks_[number].address) forget(*find_page(blocks_[number].address & page_mask));
+  }
+  // Another block may come to lie where a forgotten one was that somebody knows.
+  for (u32 number = 1; number < max_blocks; ++number) {
+    if (number % blocks_in_segment >= blocks_used_[number / blocks_in_segment]) continue;
+    Block& block = blocks_[number];
+    if (!block.generation || !block.address) continue;
+    u64 minus_behind;
+    std::memcpy(&minus_behind, block.code + behind_in_guard, sizeof minus_behind);
+    const Block* behind = minus_behind ? block_with(reinterpret_cast<const u8*>(-minus_behind)) : nullptr;
+    if (!behind || !behind->address) std::memset(block.code + behind_in_guard, 0, sizeof minus_behind);
+  }
+  hot_used_ = segment_ ? 0 : kept_;
+  cold_used_ = 0;
+  blocks_used_[segment_] = !segment_;
+}
+
 void CodeCache::clear() {
-  forget(blocks_, max_blocks);
-  forget(block_index_, block_slots);
-  forget(pages_, max_pages);
-  forget(copies_, max_pages * page_size);
-  forget(page_index_, page_slots);
-  code_used_ = code_kept_;
-  block_count_ = page_count_ = 1;
+  give_back(blocks_, max_blocks);
+  give_back(block_index_, block_slots);
+  give_back(pages_, max_pages);
+  give_back(copies_, max_pages * page_size);
+  give_back(page_index_, page_slots);
+  segment_ = 0;
+  hot_used_ = kept_;
+  cold_used_ = 0;
+  for (u32 segment = 0; segment < segments; ++segment) blocks_used_[segment] = !segment;
+  page_count_ = 1;
 }
 
 }  // namespace anykvm::engine::translate

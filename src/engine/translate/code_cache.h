@@ -1,5 +1,9 @@
 // Where translated code lives: blocks by the host address of their first byte and their mode, pages by host address.
 // Fixed tables in lazily mapped memory: nothing here allocates while a guest runs.
+//
+// The memory is a ring of segments. Each has a part for what runs often, so that it lies close together, and one for
+// what does not: ways to the reference engine, TLB refills, tables. A new segment takes the place of the oldest, with
+// all blocks of the pages that have some in it: only blocks of one page jump to each other.
 #pragma once
 
 #include "engine/translate/context.h"
@@ -7,13 +11,14 @@
 namespace anykvm::engine::translate {
 
 struct Block {
-  u64 address = 0;  ///< host address of the guest's code
+  u64 address = 0;  ///< host address of the guest's code; 0: it has been forgotten
   u8* code = nullptr;
   u32 next_in_page = 0;
-  u32 code_bytes = 0;    ///< behind them lie its PlaceInBlocks
-  u16 instructions = 0;  ///< as many PlaceInBlocks
+  u32 code_bytes = 0;
+  const u8* places = nullptr;  ///< its PlaceInBlocks
+  u16 instructions = 0;        ///< as many PlaceInBlocks
   u8 mode = 0;
-  u8 generation = 0;  ///< how many blocks have been made for the place before it, and superseded
+  u8 generation = 0;  ///< how many blocks were made for the place before it, which supersedes them; 0 for those
 };
 
 /// Where the code of one guest instruction begins, and the instruction.
@@ -21,6 +26,10 @@ struct PlaceInBlock {
   u16 code;    ///< from the block's first byte
   u16 offset;  ///< in the guest's page
 };
+
+/// A superseding block (crossing.cpp) that runs only if another has its code at the place that it knows has minus that
+/// place here in its own code.
+inline constexpr unsigned behind_in_guard = 2;
 
 inline constexpr unsigned line_bytes = 64;
 
@@ -32,17 +41,26 @@ struct CodePage {
   u64 since = 0;        ///< TSC
   u64 lines = 0;        ///< which of its 64-byte lines the blocks were made from
   u64 verified = 0;     ///< the epoch in which the copy was last compared with memory
+  u64 copied = 0;       ///< and in which its other lines were taken last
+};
+
+/// Free memory of the code cache, or how far it has been used.
+struct CodeRoom {
+  u8* hot;
+  u8* cold;
 };
 
 class CodeCache {
  public:
-  static constexpr std::size_t code_bytes = 32u << 20;
-  static constexpr u32 max_blocks = 1u << 18, max_pages = 1u << 12;
+  static constexpr std::size_t default_bytes = 64u << 20, least_bytes = 4u << 20, most_bytes = 1u << 30;
+  static constexpr u32 segments = 8;
+  static constexpr u32 max_blocks = 1u << 18, max_pages = 1u << 14;
   /// A page rewritten more often than this in about a third of a second is not worth it for the rest of that time.
   static constexpr u32 most_rewrites = 64;
   static constexpr u64 rewrites_window = 1ull << 30;  ///< TSC ticks
 
-  CodeCache();
+  /// bytes: of code; brought to what is possible.
+  explicit CodeCache(std::size_t bytes = default_bytes);
   ~CodeCache();
   CodeCache(const CodeCache&) = delete;
   CodeCache& operator=(const CodeCache&) = delete;
@@ -52,47 +70,59 @@ class CodeCache {
   CodePage* page_for(u64 address);
   CodePage* find_page(u64 address);
   const u8* copy_of(const CodePage& page) const { return copies_ + (&page - pages_) * page_size; }
-  /// Copies the page but for the lines that have become blocks.
-  void take_copy(CodePage& page);
+  /// Copies the page but for the lines that have become blocks, once in an epoch.
+  void take_copy(CodePage& page, u64 epoch);
   /// Whether what the blocks were made from is still there.
   bool is_unchanged(const CodePage& page) const;
-  /// Registers code emitted at free_code(); `used` bytes of it are taken, of which `code_bytes` are code.
-  /// `lines` of the page went into it.
-  Block* add(CodePage& page, u64 address, unsigned mode, std::size_t used, u32 code_bytes, u32 instructions, u64 lines);
+  /// Registers a block that has been emitted at room(), up to `used`. `places` and what follows: as in Block and
+  /// CodePage.
+  Block* add(CodePage& page, u64 address, unsigned mode, CodeRoom used, u32 code_bytes, const u8* places,
+             u32 instructions, u64 lines);
   /// The block, dropped or not, that has its code at `host`; nullptr: none. Async-signal-safe.
   const Block* block_with(const u8* host) const;
   /// The offset in its page of the guest instruction whose hot code is at `host`; -1: none. Async-signal-safe.
   static int instruction_at(const Block& block, const u8* host);
   /// Forgets the block, which another is made for.
-  void supersede(const Block& block);
-  /// Forgets the blocks of a page.
+  void supersede(Block& block);
+  /// Forgets the blocks of a page, which has been rewritten.
   void drop(CodePage& page);
   /// It is rewritten too often to be translated now.
   bool is_too_lively(const CodePage& page) const;
   /// None is, from now on.
   void be_patient() { patient_ = true; }
+  /// Makes room by forgetting what is oldest.
+  void evict();
   void clear();
 
-  bool is_code(const u8* host) const { return host >= code_ && host < code_ + code_bytes; }
-  u8* free_code() { return code_ + code_used_; }
-  u8* code_end() { return code_ + code_bytes; }
-  /// Code up to here survives clear(): the common stubs.
-  void keep_code(const u8* end) { code_kept_ = code_used_ = aligned(std::size_t(end - code_)); }
+  bool is_code(const u8* host) const { return host >= code_ && host < code_ + segments * segment_bytes_; }
+  /// Where the next block may be emitted, and where both parts end.
+  CodeRoom room() const { return {hot_of(segment_) + hot_used_, cold_of(segment_) + cold_used_}; }
+  CodeRoom room_end() const { return {cold_of(segment_), hot_of(segment_) + segment_bytes_}; }
+  /// Hot code up to here is never forgotten: the common stubs.
+  void keep_code(const u8* end) { kept_ = hot_used_ = aligned(std::size_t(end - code_)); }
 
  private:
   /// Blocks begin on multiples of 16, as the end does: none can be behind it.
   static constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 15) & ~std::size_t(15); }
-  static constexpr u32 block_slots = max_blocks * 2, page_slots = max_pages * 2, removed = ~0u;
+  static constexpr u32 block_slots = max_blocks * 2, page_slots = max_pages * 2;
+  static constexpr u32 blocks_in_segment = max_blocks / segments;
   static u32 block_slot(u64 address, unsigned mode);
+  u8* hot_of(u32 segment) const { return code_ + segment * segment_bytes_; }
+  u8* cold_of(u32 segment) const { return hot_of(segment) + segment_bytes_ / 16 * 9; }
+  void forget(CodePage& page);
+  void remove(u32 number);
 
+  const std::size_t segment_bytes_;
   u8* code_;
-  Block* blocks_;     ///< [max_blocks]; number 0 is none
+  Block* blocks_;     ///< [max_blocks], those of a segment together; number 0 is none
   u32* block_index_;  ///< [block_slots], open addressing
   CodePage* pages_;   ///< [max_pages]; number 0 is none
   u8* copies_;        ///< [max_pages] pages
   u32* page_index_;   ///< [page_slots]
-  std::size_t code_used_ = 0, code_kept_ = 0;
-  u32 block_count_ = 1, page_count_ = 1;
+  u32 segment_ = 0;   ///< the current one
+  std::size_t hot_used_ = 0, cold_used_ = 0, kept_ = 0;
+  u32 blocks_used_[segments] = {1};  ///< of each segment's numbers
+  u32 page_count_ = 1;
   bool patient_ = false;
 };
 

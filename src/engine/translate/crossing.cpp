@@ -16,8 +16,6 @@ namespace anykvm::engine::translate {
 using x86::rcx;
 
 namespace {
-/// Where translate_crossing() finds which block a guard looks for: in its first instruction, mov r14, imm64.
-constexpr unsigned behind_in_guard = 2;
 constexpr unsigned longest_instruction = 15;
 /// Two address spaces that have different pages behind the same one would have it translated again and again.
 constexpr u8 most_generations = 8;
@@ -34,6 +32,7 @@ void Translation::emit_crossing_guard() {
     add_cold(cold);
     a_.aim_short(as_expected);
   };
+  static_assert(behind_in_guard == 2);
   a_.move_immediate64(address_scratch, -reinterpret_cast<u64>(request_.behind));
   a_.store(offsetof(Context, target), address_scratch);
   a_.store(offsetof(Context, temporary), rcx);
@@ -77,7 +76,7 @@ void Translator::translate_crossing(u64 rip) {
   next->verified = epoch_;
   Block* const old = cache_.find(u64(host), block_mode(false));
   if (!old || old->generation == most_generations) return;
-  if (!(next->lines & 1)) cache_.take_copy(*next);
+  if (!(next->lines & 1)) cache_.take_copy(*next, epoch_);
   u8 bytes[longest_instruction];
   std::memcpy(bytes, cache_.copy_of(*page) + offset, first);
   std::memcpy(bytes + first, cache_.copy_of(*next), sizeof bytes - first);

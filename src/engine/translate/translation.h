@@ -25,10 +25,11 @@ struct Window {
   unsigned at;  ///< the instruction before which the check is
 };
 
-/// Emits one block. The cold parts, which leave or refill the TLB, follow the hot ones.
+/// Emits one block. The cold parts, which leave or refill the TLB, lie apart from the hot ones.
 class Translation {
  public:
-  Translation(const BlockRequest& request, u8* at, u8* end) : request_(request), a_(at, end) {}
+  Translation(const BlockRequest& request, CodeRoom at, CodeRoom end)
+      : request_(request), a_(at.hot, end.hot), cold_assembler_(at.cold, end.cold) {}
   BlockCode run();
 
  private:
@@ -125,7 +126,7 @@ class Translation {
   const u8* leave() const { return request_.stubs->leave[request_.mode.vectors]; }
 
   const BlockRequest& request_;
-  Assembler a_;
+  Assembler a_, cold_assembler_;
   Guest guests_[most_instructions];
   unsigned count_ = 0;
   u8 crossing_[15];                          ///< the bytes of an instruction that lies in two pages

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -47,13 +48,20 @@ void set_gs_base(u64 base) {
     syscall(SYS_arch_prctl, ARCH_SET_GS, base);
 }
 
+/// Of code, for each vCPU: as many MiB as ANYKVM_CODE_CACHE says.
+std::size_t wanted_code_bytes() {
+  const char* wish = std::getenv("ANYKVM_CODE_CACHE");
+  const unsigned long mib = wish ? std::strtoul(wish, nullptr, 10) : 0;
+  return mib ? std::min(mib, CodeCache::most_bytes >> 20) << 20 : CodeCache::default_bytes;
+}
+
 }  // namespace
 
 Next step_function(Context* context, u64 request) {
   return static_cast<Translator*>(context->translator)->step_in_block(request);
 }
 
-Translator::Translator(bool exact) : exact_(exact), reference_(make_interpreter()) {
+Translator::Translator(bool exact) : exact_(exact), reference_(make_interpreter()), cache_(wanted_code_bytes()) {
   void* memory =
       mmap(nullptr, sizeof(Context), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -77,7 +85,7 @@ Translator::Translator(bool exact) : exact_(exact), reference_(make_interpreter(
     for (unsigned slot : {tlb_entries - 1, 0u, 1u})
       table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
   for (auto& jumps : context_->jumps) jumps[0].minus_rip = 1;
-  Assembler a(cache_.free_code(), cache_.code_end());
+  Assembler a(cache_.room().hot, cache_.room_end().hot);
   stubs_ = emit_stubs(a, x86::supports(x86::Feature::avx512f));
   cache_.keep_code(a.here());
 }
@@ -192,11 +200,11 @@ Block* Translator::make_block(CodePage& page, u64 address, bool single_checks, c
                              .single_checks = single_checks,
                              .exact_flags = exact_,
                              .supervised = supervision_ != nullptr};
-  u8* const code = cache_.free_code();
-  const BlockCode made = translate_block(request, code, cache_.code_end());
-  if (!made.end) return nullptr;
+  u8* const code = cache_.room().hot;
+  const BlockCode made = translate_block(request, cache_.room(), cache_.room_end());
+  if (!made.end.hot) return nullptr;
   if (supervision_) supervision_->made(supervision_->arg, code, code + made.code_bytes);
-  return cache_.add(page, address, block_mode(single_checks && !rest), std::size_t(made.end - code), made.code_bytes,
+  return cache_.add(page, address, block_mode(single_checks && !rest), made.end, made.code_bytes, made.places,
                     made.instructions, made.lines);
 }
 
@@ -212,7 +220,7 @@ Block* Translator::block_at_rip(bool single_checks) {
   for (unsigned attempt = 0; attempt < 2; ++attempt) {
     CodePage* page = cache_.page_for(address & page_mask);
     if (page && cache_.is_too_lively(*page)) return nullptr;
-    if (page && newly_mapped) page->verified = 0;
+    if (page && newly_mapped) page->verified = page->copied = 0;
     // From now on a store into the page must be noticed: no TLB entry may let one through.
     if (page && (!page->first_block || page->verified != epoch_) && shared_.watch(page->address)) {
       cpu_->mmu.flush_all();
@@ -227,7 +235,7 @@ Block* Translator::block_at_rip(bool single_checks) {
     }
     Block* block = page ? cache_.find(address, block_mode(single_checks)) : nullptr;
     if (page && !block) {
-      cache_.take_copy(*page);
+      cache_.take_copy(*page, epoch_);
       if (!page->first_block) page->verified = epoch_;
       block = make_block(*page, address, single_checks);
     }
@@ -235,7 +243,10 @@ Block* Translator::block_at_rip(bool single_checks) {
       if (!single_checks) note_jump(s.rip, *block);
       return block;
     }
-    cache_.clear();
+    if (page)
+      cache_.evict();
+    else
+      cache_.clear();
     flush_jumps();
   }
   return nullptr;
