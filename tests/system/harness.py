@@ -26,7 +26,7 @@ KERNEL_COMPLAINTS = re.compile(
     r"unchecked MSR|clocksource.*unstable"
 )
 # Lines that real hardware shows as well: what the CPU model lacks or the distribution chose, no fault of the machine.
-KNOWN_HARMLESS = re.compile(r"WARNING: Unprivileged eBPF|Spectre V2 : .*WARNING")
+KNOWN_HARMLESS = re.compile(r"WARNING: Unprivileged eBPF|Spectre V2 : .*WARNING|Speculative Return Stack Overflow: WARNING")
 
 
 class Guest:

@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""QEMU as it is, with -accel kvm under the interposer: a Linux guest boots on each machine, from its kernel file, to power-off."""
+
+import argparse
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "system"))
+import harness  # noqa: E402
+from harness import check  # noqa: E402
+
+TASK = """
+echo "== cpus"
+nproc
+echo "== hypervisor"
+cat /sys/devices/system/clocksource/clocksource0/current_clocksource
+echo "== dmesg"
+dmesg
+echo "== end"
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preload", required=True, type=pathlib.Path, help="libanykvm-preload.so")
+    parser.add_argument("--machine", default="q35")
+    parser.add_argument("--cpu", default="host", help="CPU model")
+    parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--irqchip", choices=["on", "split", "off"], default="on")
+    options = parser.parse_args()
+    qemu = shutil.which("qemu-system-x86_64")
+    if not qemu:
+        print("qemu-system-x86_64 is not there; scripts/setup test installs it")
+        sys.exit(harness.SKIPPED)
+    harness.require_tool(options.preload)
+    guest = harness.Guest("6.1")
+    os.environ["LD_PRELOAD"] = str(options.preload.resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        initrd = harness.write_initrd(folder, guest, TASK)
+        result = harness.run(
+            [qemu, "-accel", f"kvm,kernel-irqchip={options.irqchip}", "-M", options.machine, "-cpu", options.cpu, "-m", "512",
+             "-smp", str(options.cpus), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
+             "-kernel", str(guest.vmlinuz), "-initrd", str(initrd), "-append", "console=ttyS0 panic=-1"], 280)
+    check(result.status == 0, "QEMU did not end in good order", result)
+    check("== end" in result.console, "the guest did not come to its task's end", result)
+    check(result.section("cpus").strip() == str(options.cpus), f"not {options.cpus} CPUs came up", result)
+    check(result.section("hypervisor").strip() == "kvm-clock", "the guest does not use KVM's clock", result)
+    harness.check_kernel_log(result)
+    print(f"{options.machine}, irqchip {options.irqchip}, {options.cpus} CPUs: {result.seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
