@@ -80,11 +80,12 @@ tidy: packages
 	@git ls-files 'src/*.cpp' | xargs run-clang-tidy-19 -quiet -j $$(nproc) -p build/tidy -warnings-as-errors='*'
 
 # System instructions, gates, tasks, modes, paging and debugging against QEMU's TCG: ROUNDS guests of 2,000 tests each
-# for every subject, with tests that no run before has had.
+# for every subject, with tests that no run before has had, on both engines.
 fuzz-system: packages $(BUILD)/build.ninja
 	@scripts/setup test
 	@cmake --build $(BUILD) --target oracle_tests
-	@ANYKVM_ORACLE_SEED=$${SEED:-$$(date +%s)} ANYKVM_ORACLE_ROUNDS=$${ROUNDS:-20} $(BUILD)/bin/oracle_tests
+	@export ANYKVM_ORACLE_SEED=$${SEED:-$$(date +%s)} ANYKVM_ORACLE_ROUNDS=$${ROUNDS:-20}; \
+	for engine in interpret translate-exact; do ANYKVM_ENGINE=$$engine $(BUILD)/bin/oracle_tests || exit 1; done
 
 # Some twenty minutes. ROUNDS=1 and ONLY=sieve,boot (bench/workloads.py) for a quick look; OPTIONS: see bench/run --help.
 ROUNDS ?= 5

@@ -2,7 +2,8 @@
 // the same memory behind. Where TCG is wrong by the manuals, tcg_mistakes.cpp says so.
 //
 // ANYKVM_ORACLE_SEED and ANYKVM_ORACLE_ROUNDS choose other tests and more (`make fuzz-system`), ANYKVM_ORACLE_REPORTS
-// how many differences of a guest are shown.
+// how many differences of a guest are shown. The engine is the reference one unless ANYKVM_ENGINE names another:
+// translate does not keep the flags that are compared (docs/quirks.md), translate-exact does.
 #include <gtest/gtest.h>
 
 #include <algorithm>
