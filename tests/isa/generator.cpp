@@ -11,13 +11,12 @@
 namespace anykvm::isa {
 
 namespace flag = x86::flag;
-constexpr bool compare_evex = true;  // their faults differ still
 
 Generator::Generator(u64 seed, u64 features, std::vector<Mode> modes) : seed_(seed), features_(features) {
   const char* only = std::getenv("ANYKVM_ISA_ONLY");  // one mnemonic, while looking for something
   for (Mode mode : modes) {
     Forms forms{.mode = mode};
-    for (const Form& form : enumerate_forms(mode, compare_evex && features >> 5 & 1)) {
+    for (const Form& form : enumerate_forms(mode, features >> 5 & 1)) {
       if (only && !(form.defined && !std::strcmp(only, ZydisMnemonicGetString(form.mnemonic)))) continue;
       (form.faults ? forms.faults : forms.runs).push_back(form);
     }
