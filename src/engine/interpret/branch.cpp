@@ -169,7 +169,9 @@ bool is_far(const Decoded& d) { return d.instruction.meta.branch_type == ZYDIS_B
 }  // namespace
 
 u8 near_branch_bytes(const Decoded& d) {
-  return host_is_amd() && d.instruction.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE ? 2 : 8;
+  // With REX.W the prefix says nothing: "data16 data16 rex.W call" is how compilers pad a call of __tls_get_addr().
+  const bool narrow = d.instruction.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE && !d.instruction.raw.rex.W;
+  return host_is_amd() && narrow ? 2 : 8;
 }
 
 Handler select_branch(const Decoded& d, Instruction& out) {
