@@ -269,7 +269,7 @@ TEST_F(EventsWithChips, ApplicationProcessorsWaitForStartUp) {
   std::this_thread::sleep_for(std::chrono::milliseconds(10));
   EXPECT_EQ(result, 1) << "waits for INIT";
   ap.signal_init();
-  std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  for (int ms = 0; result == 1 && ms < 10000; ++ms) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   EXPECT_EQ(result, -EAGAIN) << "waits for the start-up IPI";
   ap.signal_sipi(9);
   runner.join();
