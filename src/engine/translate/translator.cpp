@@ -135,9 +135,20 @@ void Translator::flush_listed_jumps(bool global) {
 }
 
 void Translator::flush_jumps() {
+  // Each return from a client comes here, when few have been used. A page whose last jump has given its slot to another
+  // page's is noted until the next time that there were many.
+  constexpr u32 few = 32;
+  if (jumps_used_count_[0] + jumps_used_count_[1] < few) {
+    for (unsigned global : {0, 1})
+      for (u32 n = 0; n < jumps_used_count_[global]; ++n) {
+        const u32 used = jumps_used_[global][n];
+        jump_pages_[jump_page_bit(context_->jumps[used / jump_entries][used % jump_entries].page_base) / 64] = 0;
+      }
+  } else {
+    std::memset(jump_pages_, 0, sizeof jump_pages_);
+  }
   flush_listed_jumps(false);
   flush_listed_jumps(true);
-  std::memset(jump_pages_, 0, sizeof jump_pages_);
   jump_modes_ = 0;
 }
 
