@@ -43,12 +43,12 @@ bool runs_natively(const Decoded&);
 bool may_reach_devices(const Decoded&, Unit unit);
 /// The handler of an instruction that may not and has no native code: Instruction::behind_bar, with devices barred.
 x86::Result without_devices(Context&, const Instruction&);
-/// What the memory operand's address must be a multiple of, or 0.
 /// NOPs and prefetches, which does_nothing() then, or which are undefined.
 bool is_hint(const Decoded&);
 bool does_nothing(const Decoded&);
 /// How wide the target of a near branch in 64-bit code is: AMD's processors heed the operand-size prefix.
 u8 near_branch_bytes(const Decoded&);
+/// What the memory operand's address must be a multiple of, or 0.
 u8 required_alignment(const Decoded&, Unit unit, unsigned memory_bytes);
 Unit unit_of(const Decoded&);
 
