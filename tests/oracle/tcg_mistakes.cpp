@@ -194,6 +194,18 @@ Mistake mistakes[] = {
               c.mine.rip == c.other.rip && c.mine.error & 2 && !(c.other.error & 2) &&
               (reads_and_writes(c.code) || c.code.empty());
      }},
+    {"checks no limits of data segments; #GP(0) (volume 3, 5.3)",
+     [](const Case& c, const Difference&) {
+       const bool by_fs_or_gs = !c.code.empty() && (c.code[0] == 0x64 || c.code[0] == 0x65);
+       return by_fs_or_gs && c.mine.vector == 13 && !c.mine.error && c.mine.rip != c.other.rip &&
+              !(c.code_segment >> 53 & 1);  // not 64-bit code, which has no limits
+     }},
+    {"has privilege level 0 behind a null SS that level 1 or 2 loads; the level stays (volume 3, 5.4.1.1)",
+     [](const Case& c, const Difference&) {
+       const unsigned cpl = c.mine.cs & 3;
+       return c.mine.vector == 13 && !c.mine.error && (cpl == 1 || cpl == 2) && c.mine.ss == cpl &&
+              c.mine.rip != c.other.rip && (has(c, 0x0f, 0xb2) || has(c, 0x8e, 0xd0));
+     }},
     {"has a POPA that faults load the registers before; a fault leaves them as they were (volume 3, 6.5)",
      [](const Case& c, const Difference& d) {
        static constexpr const char* loaded[] = {"edi", "esi", "ebp", "ebx", "edx", "ecx", "eax"};
