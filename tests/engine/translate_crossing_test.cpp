@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/native/decoded.h"
 #include "x86/cpuid.h"
 #include "x86/long_mode.h"
 
@@ -93,11 +94,6 @@ class TranslateCrossingTest : public testing::Test {
 
 /// An instruction that computes, with its operand in memory at RBX, RBP or R12, none of which it changes.
 void append_instruction(std::vector<u8>& code, std::mt19937_64& random) {
-  static const ZydisDecoder decoder = [] {
-    ZydisDecoder made;
-    ZydisDecoderInit(&made, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
-    return made;
-  }();
   for (;;) {
     u8 bytes[15];
     for (u8& byte : bytes) byte = u8(random());
@@ -113,9 +109,9 @@ void append_instruction(std::vector<u8>& code, std::mt19937_64& random) {
       }
       default: bytes[at] = u8(random() % 2 ? random() & 0x3b : 0x80 + random() % 0x10); break;
     }
-    ZydisDecodedInstruction d;
-    ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
-    if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, bytes, sizeof bytes, &d, operands))) continue;
+    Decoded decoded;
+    if (!ZYAN_SUCCESS(decode_instruction(bytes, sizeof bytes, 64, decoded))) continue;
+    const ZydisDecodedInstruction& d = decoded.instruction;
     switch (d.meta.category) {
       case ZYDIS_CATEGORY_BINARY:
       case ZYDIS_CATEGORY_LOGICAL:
@@ -136,7 +132,7 @@ void append_instruction(std::vector<u8>& code, std::mt19937_64& random) {
       const auto kept = [](ZydisRegister reg) {
         return reg == ZYDIS_REGISTER_RBX || reg == ZYDIS_REGISTER_RBP || reg == ZYDIS_REGISTER_R12;
       };
-      const ZydisDecodedOperand& operand = operands[n];
+      const ZydisDecodedOperand& operand = decoded.operands[n];
       if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY)
         good = good && operand.mem.index == ZYDIS_REGISTER_NONE && kept(operand.mem.base) && d.address_width == 64 &&
                d.raw.disp.size <= 8 && operand.mem.segment != ZYDIS_REGISTER_FS &&

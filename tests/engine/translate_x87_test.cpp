@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <random>
 
+#include "engine/native/decoded.h"
 #include "engine/side.h"
 
 namespace anykvm::engine {
@@ -41,11 +42,6 @@ class TranslateX87Test : public testing::Test {
 
 /// An instruction of the x87 unit or of MMX, or one that moves the unit's state; now and then another.
 void append_instruction(std::vector<u8>& code, std::mt19937_64& random) {
-  static const ZydisDecoder decoder = [] {
-    ZydisDecoder made;
-    ZydisDecoderInit(&made, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
-    return made;
-  }();
   for (;;) {
     u8 bytes[15];
     for (u8& byte : bytes) byte = u8(random());
@@ -66,9 +62,9 @@ void append_instruction(std::vector<u8>& code, std::mt19937_64& random) {
       }
       default: bytes[at] = u8(0xd8 + random() % 8); break;
     }
-    ZydisDecodedInstruction d;
-    ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
-    if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, bytes, sizeof bytes, &d, operands))) continue;
+    Decoded decoded;
+    if (!ZYAN_SUCCESS(decode_instruction(bytes, sizeof bytes, 64, decoded))) continue;
+    const ZydisDecodedInstruction& d = decoded.instruction;
     if (d.attributes & ZYDIS_ATTRIB_HAS_MODRM && d.raw.modrm.mod == 0 && d.raw.modrm.rm == 5) continue;  // the code
     if (d.mnemonic == ZYDIS_MNEMONIC_RDTSC || d.mnemonic == ZYDIS_MNEMONIC_RDRAND ||
         d.mnemonic == ZYDIS_MNEMONIC_RDSEED)
