@@ -183,12 +183,11 @@ void Translation::check_tag(const Address& address, unsigned size, bool write, u
                             Cold::Kind miss) {
   constexpr Register rcx = x86::rcx;
   const u32 tag = tlb(write ? offsetof(TlbEntry, minus_write) : offsetof(TlbEntry, minus_read));
-  Cold cold{};
-  cold.kind = miss;
-  cold.retry = a_.here();
-  cold.address = address;
-  cold.fill = FillRequest::encode(size, write, request_.mode.privilege);
-  cold.guest = n;
+  Cold cold{.kind = miss,
+            .retry = a_.here(),
+            .address = address,
+            .fill = FillRequest::encode(size, write, request_.mode.privilege),
+            .guest = n};
   compute(address);
   static_assert(sizeof(TlbEntry) == 32);
   if (!flags_live) {
@@ -244,12 +243,7 @@ Place Translation::operand_place(const Guest& g, const Address& address, unsigne
 
 /// Has the jump at site go to the step of instruction n.
 void Translation::step_at(u8* site, unsigned n, bool restores_rcx) {
-  Cold cold{};
-  cold.kind = Cold::Kind::step;
-  cold.guest = n;
-  cold.restores_rcx = restores_rcx;
-  cold.site = site;
-  add_cold(cold);
+  add_cold({.kind = Cold::Kind::step, .restores_rcx = restores_rcx, .site = site, .guest = n});
 }
 
 void Translation::step(const Guest& g, bool leave) {
@@ -351,10 +345,7 @@ void Translation::link(s32 target, bool flags_live, unsigned n) {
     return;
   }
   if (target <= s32(guests_[n].offset)) {  // a loop: look for attention
-    Cold cold{};
-    cold.kind = Cold::Kind::back_edge;
-    cold.target = target;
-    cold.guest = n;
+    Cold cold{.kind = Cold::Kind::back_edge, .guest = n, .target = target};
     if (!flags_live) {
       a_.load(address_scratch, offsetof(Context, attention));
       a_.bytes(0x41, 0x83, 0x3e, 0);  // cmp dword [r14], 0
@@ -381,12 +372,7 @@ void Translation::aim_or_link(u8* site, s32 target, unsigned n, Mode mode) {
     a_.aim(site, block->code);
     return;
   }
-  Cold cold{};
-  cold.kind = Cold::Kind::link;
-  cold.target = target;
-  cold.guest = n;
-  cold.site = site;
-  add_cold(cold);
+  add_cold({.kind = Cold::Kind::link, .site = site, .guest = n, .target = target});
 }
 
 /// Straight to where it goes, unless something must be looked at on the way.

@@ -23,13 +23,9 @@ constexpr u8 most_generations = 8;
 
 void Translation::emit_crossing_guard() {
   const u32 jumps = u32(offsetof(Context, jumps) + request_.mode.number() * sizeof(Context::jumps[0]));
-  Cold cold{};
-  cold.kind = Cold::Kind::crossing;
-  cold.restores_rcx = true;
   const auto unless_rcx_zero = [&] {
     u8* const as_expected = a_.jump_if_rcx_zero_later();
-    cold.site = a_.jump_later();
-    add_cold(cold);
+    add_cold({.kind = Cold::Kind::crossing, .restores_rcx = true, .site = a_.jump_later()});
     a_.aim_short(as_expected);
   };
   static_assert(behind_in_guard == 2);

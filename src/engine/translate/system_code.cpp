@@ -84,7 +84,7 @@ void Translation::emit_bit_string(const Guest& g, unsigned n) {
     a_.move(index_scratch, rcx);
   else
     load_number(index_scratch);
-  a_.extract_bits(index_scratch, index_scratch, offsetof(Context, low_bits) + (bytes == 8 ? 16 : 8));
+  a_.extract_bits(index_scratch, index_scratch, offsetof(Context, low_bits) + (bytes == 8 ? 8 : 0));
   if (g.d.instruction.attributes & ZYDIS_ATTRIB_HAS_LOCK) a_.byte(0xf0);
   // The opcode's byte as it was: BT A3, BTS AB, BTR B3, BTC BB.
   a_.bytes(0x45 | (bytes == 8 ? 8 : 0), 0x0f, g.d.instruction.opcode, (index_scratch & 7) << 3 | (address_scratch & 7));

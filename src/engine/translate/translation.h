@@ -44,13 +44,13 @@ class Translation {
   };
   struct Cold {
     enum class Kind : u8 { refill, window, step, link, back_edge, load_x87, crossing } kind;
-    bool restores_rcx;
-    u8* site;  ///< the jump that comes here
-    const u8* retry;
-    Address address;
-    u32 fill;
-    unsigned guest;  ///< instruction
-    s32 target;      ///< link, back_edge: offset of the target in the page
+    bool restores_rcx = false;
+    u8* site = nullptr;  ///< the jump that comes here
+    const u8* retry = nullptr;
+    Address address = {};
+    u32 fill = 0;
+    unsigned guest = 0;  ///< instruction
+    s32 target = 0;      ///< link, back_edge: offset of the target in the page
   };
 
   void collect();

@@ -9,9 +9,7 @@ namespace anykvm::engine::translate {
 void Translation::want_x87(const Guest& g, unsigned n) {
   if (x87_loaded_) return;
   held_ = -1;  // a step takes the register
-  Cold cold{};
-  cold.kind = Cold::Kind::load_x87;
-  cold.guest = n;
+  Cold cold{.kind = Cold::Kind::load_x87, .guest = n};
   constexpr u32 missing = offsetof(Context, x87_missing);
   if (!g.flags_live) {
     a_.compare_context(missing, 0);
