@@ -17,6 +17,9 @@ struct Guest {
   s8 operand_window, stack_window;  ///< that its memory operand, its push or pop belong to; -1: none
 };
 
+/// The memory operand that ModRM names; nullptr: none.
+const ZydisDecodedOperand* memory_operand(const Guest& g);
+
 /// Accesses that are checked together: they lie near each other, at distances from a register that are known.
 struct Window {
   int base;       ///< guest register
@@ -59,10 +62,6 @@ class Translation {
   void check_window(unsigned window);
   /// The place of an access in the window. The address scratch register is part of it.
   Place in_window(int window, s32 displacement);
-  /// The place of 8 bytes on the guest's stack.
-  Place on_stack(const Guest& g, unsigned n, s32 displacement, bool write, bool flags_live);
-  /// The value there to the address scratch register.
-  void load_scratch(const Place& place);
   void emit(unsigned n);
   void emit_native(const Guest& g, unsigned n);
   void emit_lea(const Guest& g);
@@ -89,6 +88,7 @@ class Translation {
   void emit_cold(const Cold& cold);
   void emit_cold_step(unsigned n);
 
+  // operands.cpp
   Address address_of(const Guest& g, const ZydisDecodedOperand& operand) const;
   void compute(const Address& address);
   /// Leaves the host address of [address, size) in the address scratch register.
@@ -96,7 +96,12 @@ class Translation {
   void check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live,
                  Cold::Kind miss = Cold::Kind::refill);
   Place operand_place(const Guest& g, const Address& address, unsigned size, bool write, unsigned n, bool flags_live);
+  /// The place of 8 bytes on the guest's stack.
+  Place on_stack(const Guest& g, unsigned n, s32 displacement, bool write, bool flags_live);
+  /// The value there to the address scratch register.
+  void load_scratch(const Place& place);
   void refill(const Cold& cold);
+
   static bool keeps_address_scratch(Kind kind);
   void step(const Guest& g, bool leave);
   void step_at(u8* site, unsigned n, bool restores_rcx = false);

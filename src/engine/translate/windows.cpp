@@ -25,14 +25,6 @@ struct Access {
   bool write = false;
 };
 
-const ZydisDecodedOperand* memory_operand(const Guest& g) {
-  for (unsigned n = 0; n < g.d.instruction.operand_count; ++n)
-    if (g.d.operands[n].type == ZYDIS_OPERAND_TYPE_MEMORY &&
-        g.d.operands[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM)
-      return &g.d.operands[n];
-  return nullptr;
-}
-
 Access operand_access(const Guest& g) {
   switch (g.what.kind) {
     case Kind::leave: return {.base = x86::rbp, .size = 8};
@@ -215,17 +207,6 @@ Place Translation::in_window(int window, s32 displacement) {
   if (held_ != window) a_.load(address_scratch, offsetof(Context, addends) + unsigned(window) * 8);
   held_ = window;
   return {.base = home(unsigned(windows_[window].base)), .index = address_scratch, .displacement = displacement};
-}
-
-Place Translation::on_stack(const Guest& g, unsigned n, s32 displacement, bool write, bool flags_live) {
-  if (g.stack_window >= 0) return in_window(g.stack_window, displacement);
-  check({.base = x86::rsp, .displacement = displacement}, 8, write, n, flags_live);
-  return {.base = address_scratch};
-}
-
-void Translation::load_scratch(const Place& place) {
-  a_.load_from(address_scratch, place);
-  held_ = -1;
 }
 
 }  // namespace anykvm::engine::translate

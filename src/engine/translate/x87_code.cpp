@@ -51,9 +51,7 @@ void Translation::note_x87(const Guest& g) {
   const ZydisMnemonic mnemonic = g.d.mnemonic();
   if (mnemonic == ZYDIS_MNEMONIC_FLDCW) a_.store_immediate(offsetof(Context, x87_settled), 1, false);
   if (unit_of(g.d) != Unit::x87 || is_x87_control(mnemonic) || mnemonic == ZYDIS_MNEMONIC_FWAIT) return;
-  const ZydisDecodedOperand* operand = nullptr;
-  for (unsigned n = 0; n < g.d.instruction.operand_count; ++n)
-    if (g.d.is_memory(n)) operand = &g.d.operands[n];
+  const ZydisDecodedOperand* const operand = memory_operand(g);
   if (operand) {
     store_offset(g, *operand);
     const unsigned segment = unsigned(ZydisRegisterGetId(operand->mem.segment));

@@ -1,0 +1,151 @@
+// Where memory operands lie: the guest's address, the look into the TLB, the place among the host's addresses.
+#include <bit>
+
+#include "engine/translate/translation.h"
+
+namespace anykvm::engine::translate {
+
+const ZydisDecodedOperand* memory_operand(const Guest& g) {
+  for (unsigned n = 0; n < g.d.instruction.operand_count; ++n)
+    if (g.d.operands[n].type == ZYDIS_OPERAND_TYPE_MEMORY &&
+        g.d.operands[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM)
+      return &g.d.operands[n];
+  return nullptr;
+}
+
+Translation::Address Translation::address_of(const Guest& g, const ZydisDecodedOperand& operand) const {
+  Address address;
+  address.displacement = s32(operand.mem.disp.value);
+  if (operand.mem.base == ZYDIS_REGISTER_RIP) {
+    address.rip_relative = true;
+    address.displacement += g.next;
+  } else if (operand.mem.base != ZYDIS_REGISTER_NONE) {
+    address.base = ZydisRegisterGetId(operand.mem.base);
+  }
+  if (operand.mem.index != ZYDIS_REGISTER_NONE) {
+    address.index = ZydisRegisterGetId(operand.mem.index);
+    address.shift = unsigned(std::countr_zero(unsigned(operand.mem.scale)));
+  }
+  if (operand.mem.segment == ZYDIS_REGISTER_FS) address.segment = x86::fs;
+  if (operand.mem.segment == ZYDIS_REGISTER_GS) address.segment = x86::gs;
+  return address;
+}
+
+/// The guest's linear address to the address scratch register. Flags and everything but the scratch registers stay.
+void Translation::compute(const Address& address) {
+  held_ = -1;
+  int base = address.base, index = address.index;
+  if (address.computed) {
+    a_.load(address_scratch, offsetof(Context, target));
+    return;
+  }
+  if (address.rip_relative) {
+    a_.load(address_scratch, offsetof(Context, page_base));
+    base = address_scratch;
+  } else if (base >= 0 && in_context(unsigned(base))) {
+    a_.load(address_scratch, spill_slot(unsigned(base)));
+    base = address_scratch;
+  } else if (base >= 0) {
+    base = home(unsigned(base));
+  }
+  if (index >= 0 && in_context(unsigned(index))) {
+    a_.load(index_scratch, spill_slot(unsigned(index)));
+    index = index_scratch;
+  } else if (index >= 0) {
+    index = home(unsigned(index));
+  }
+  if (base >= 0 && index < 0 && address.displacement == 0) {
+    if (base != address_scratch) a_.move(address_scratch, Register(base));
+  } else {
+    a_.lea(address_scratch, base, index, address.shift, address.displacement);
+  }
+  if (address.segment >= 0) {
+    a_.load(index_scratch, address.segment == x86::fs ? offsetof(Context, fs_base) : offsetof(Context, gs_base));
+    a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
+  }
+}
+
+/// Leaves in the address scratch register the offset in the page, in the index scratch register where the TLB's entry
+/// is: its offset in the table if flags live not, else an eighth of that.
+void Translation::check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live,
+                            Cold::Kind miss) {
+  constexpr Register rcx = x86::rcx;
+  const u32 tag = tlb(write ? offsetof(TlbEntry, minus_write) : offsetof(TlbEntry, minus_read));
+  Cold cold{.kind = miss,
+            .retry = a_.here(),
+            .address = address,
+            .fill = FillRequest::encode(size, write, request_.mode.privilege),
+            .guest = n};
+  compute(address);
+  static_assert(sizeof(TlbEntry) == 32);
+  if (!flags_live) {
+    a_.move(index_scratch, address_scratch);
+    a_.shift_right(index_scratch, 12 - 5);
+    a_.and_immediate32(index_scratch, (tlb_entries - 1) << 5);
+    a_.add(address_scratch, tag, index_scratch);
+    a_.compare_immediate(address_scratch, s32(page_size - size));
+    cold.site = a_.jump_if_later(7);  // ja
+  } else {
+    a_.extract_bits(index_scratch, address_scratch, offsetof(Context, tlb_index_bits));
+    a_.lea(index_scratch, -1, index_scratch, 2, 0);
+    a_.store(offsetof(Context, temporary), rcx);
+    a_.load(rcx, tag, index_scratch, 3);
+    a_.lea(address_scratch, address_scratch, rcx, 0, 0);
+    a_.lea(rcx, address_scratch, -1, 0, s32(size - 1));
+    a_.extract_bits(rcx, rcx, offsetof(Context, page_number_bits));
+    u8* hit = a_.jump_if_rcx_zero_later();
+    cold.site = a_.jump_later();
+    cold.restores_rcx = true;
+    a_.aim_short(hit);
+    a_.load(rcx, offsetof(Context, temporary));
+  }
+  add_cold(cold);
+}
+
+void Translation::check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live) {
+  check_tag(address, size, write, n, flags_live);
+  const u32 host = tlb(offsetof(TlbEntry, host));
+  if (!flags_live) {
+    a_.add(address_scratch, host, index_scratch);
+  } else {
+    a_.load(index_scratch, host, index_scratch, 3);
+    a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
+  }
+}
+
+/// The place of the instruction's memory operand. Where one register and a displacement make the address, that register
+/// stays in it: the processor knows then where a load finds what was stored last.
+Place Translation::operand_place(const Guest& g, const Address& address, unsigned size, bool write, unsigned n,
+                                 bool flags_live) {
+  if (g.operand_window >= 0) return in_window(g.operand_window, address.displacement);
+  const bool plain = address.base >= 0 && !in_context(unsigned(address.base)) && address.index < 0 &&
+                     address.segment < 0 && !address.rip_relative;
+  if (!plain) {
+    check(address, size, write, n, flags_live);
+    return {.base = address_scratch};
+  }
+  check_tag(address, size, write, n, flags_live);
+  a_.load(index_scratch, tlb(offsetof(TlbEntry, addend)), index_scratch, flags_live ? 3 : 0);
+  return {.base = home(unsigned(address.base)), .index = index_scratch, .displacement = address.displacement};
+}
+
+Place Translation::on_stack(const Guest& g, unsigned n, s32 displacement, bool write, bool flags_live) {
+  if (g.stack_window >= 0) return in_window(g.stack_window, displacement);
+  check({.base = x86::rsp, .displacement = displacement}, 8, write, n, flags_live);
+  return {.base = address_scratch};
+}
+
+void Translation::load_scratch(const Place& place) {
+  a_.load_from(address_scratch, place);
+  held_ = -1;
+}
+
+/// Goes on behind when there is nothing to refill the TLB with.
+void Translation::refill(const Cold& cold) {
+  compute(cold.address);
+  a_.move_immediate32(index_scratch, cold.fill);
+  a_.call(request_.stubs->fill);
+  a_.jump(cold.retry);
+}
+
+}  // namespace anykvm::engine::translate
