@@ -16,9 +16,7 @@ class AltMovCr8 : public testing::TestWithParam<unsigned>, protected LongMode {
   static constexpr u64 code = 0x5000;
 
   AltMovCr8() {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
-    for (u8 vector = 0; vector < 32; ++vector) gate(vector, 0x6000 + vector * 16);
+    stop_at_exceptions();
     CpuState& s = cpu.state;
     if (GetParam() != 64) {
       s.cr0 &= ~cr0::pg;

@@ -20,11 +20,9 @@ class OneInstruction : public testing::Test, protected x86::LongMode {
   static constexpr u8 no_fault = 255;
 
   OneInstruction() {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
     cpu.state.cr4 |= x86::cr4::osxsave | x86::cr4::osxmmexcpt;
     cpu.state.xcr0 = x86::supported_xcr0();
-    for (u8 vector = 0; vector < 32; ++vector) gate(vector, 0x6000 + vector * 16);
+    stop_at_exceptions();
     map(data, data_gpa, x86::pte::p | x86::pte::w);
     map(device, device_gpa, x86::pte::p | x86::pte::w);
     map(read_only, data_gpa, x86::pte::p);
@@ -37,7 +35,7 @@ class OneInstruction : public testing::Test, protected x86::LongMode {
     std::memcpy(machine.base + 0x5000, bytes.begin(), bytes.size());
     engine->step(cpu);
     if (cpu.state.rip == 0x5000 + bytes.size()) return no_fault;
-    return u8((cpu.state.rip - 0x6000) / 16);
+    return u8((cpu.state.rip - handlers) / 16);
   }
   u8* vector(unsigned n) { return cpu.state.fpu.vector[n]; }
   u32 element(unsigned n, unsigned index) {

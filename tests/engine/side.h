@@ -34,15 +34,10 @@ inline std::string hex(const void* bytes, std::size_t size) {
 /// An engine with a machine to itself.
 class Side : LongMode {
  public:
-  explicit Side(std::unique_ptr<Engine> (*with)()) : engine(with()), make_(with) {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
+  explicit Side(std::unique_ptr<Engine> with) : engine(std::move(with)) {
     cpu.state.cr4 |= cr4::osxsave | cr4::osxmmexcpt;
     cpu.state.xcr0 = supported_xcr0();
-    for (unsigned vector = 0; vector < 32; ++vector) {
-      gate(u8(vector), 0x6000 + vector * 16);
-      machine.base[0x6000 + vector * 16] = 0xf4;
-    }
+    stop_at_exceptions();
     map(data_at, data_gpa, pte::p | pte::w);
     start = cpu.state;
   }
@@ -62,8 +57,6 @@ class Side : LongMode {
     std::memcpy(machine.base + code, bytes, length);
     machine.base[code + length] = 0xf4;  // hlt
     cpu.state.rip = code;
-    // A page that is rewritten too often would not be translated any more.
-    if (++executed_ % 50 == 0) engine = make_();
     engine->run(cpu);
   }
 
@@ -124,8 +117,6 @@ class Side : LongMode {
     settle_x87_words(fpu);
   }
 
-  std::unique_ptr<Engine> (*make_)();
-  unsigned executed_ = 0;
   CpuState start;
 };
 

@@ -19,11 +19,9 @@ class StringTest : public testing::Test, protected LongMode {
   static constexpr u64 count = page_size + 100;
 
   StringTest() {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
     for (unsigned page = 0; page < 2; ++page)
       map(data + page * page_size, data_gpa + page * page_size, pte::p | pte::w);
-    for (u8 vector = 0; vector < 32; ++vector) gate(vector, 0x6000 + vector * 16);
+    stop_at_exceptions();
     static constexpr u8 rep_stosb[] = {0xf3, 0xaa};
     std::memcpy(machine.base + code, rep_stosb, sizeof rep_stosb);
     cpu.state.rip = code;

@@ -35,15 +35,12 @@ class TlbTest : public testing::TestWithParam<Kind>, protected x86::LongMode {
   };
 
   TlbTest() {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
     EXPECT_EQ(cpu.cpuid.set(x86::supported_cpuid()), 0);
-    for (u8 vector = 0; vector < 32; ++vector) gate(vector, 0x6000 + vector * 16);
+    stop_at_exceptions();
     const auto code = [&](u64 at, std::initializer_list<u8> bytes) {
       std::memset(machine.base + at, 0xf4, 16);  // hlt
       std::copy(bytes.begin(), bytes.end(), machine.base + at);
     };
-    for (u8 vector = 0; vector < 32; ++vector) code(0x6000 + vector * 16, {});
     code(load, {0x48, 0x8b, 0x11});                 // mov rdx, [rcx]
     code(jump, {0xff, 0xe1});                       // jmp rcx
     code(set_cr3, {0x0f, 0x22, 0xd8});              // mov cr3, rax

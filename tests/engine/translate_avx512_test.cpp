@@ -7,6 +7,7 @@
 #include <random>
 
 #include "engine/native/decoded.h"
+#include "engine/patient_translator.h"
 #include "engine/side.h"
 
 namespace anykvm::engine {
@@ -17,7 +18,7 @@ class TranslateAvx512Test : public testing::Test {
   void SetUp() override {
     if (!supports(Feature::avx512f) || !supports(Feature::avx512bw)) GTEST_SKIP() << "no AVX-512 here";
   }
-  Side translator{[] { return make_translator(true); }}, reference{make_interpreter};
+  Side translator{make_patient_translator(true)}, reference{make_interpreter()};
 };
 
 TEST_F(TranslateAvx512Test, DoesWhatTheReferenceDoes) {

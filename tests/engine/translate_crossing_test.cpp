@@ -11,6 +11,7 @@
 
 #include "engine/engine.h"
 #include "engine/native/decoded.h"
+#include "engine/patient_translator.h"
 #include "x86/cpuid.h"
 #include "x86/long_mode.h"
 
@@ -24,14 +25,9 @@ constexpr Gpa first_gpa = 0x200000, second_gpa = 0x201000, other_gpa = 0x210000,
 
 class Guest : public LongMode {
  public:
-  explicit Guest(std::unique_ptr<Engine> (*with)()) : engine(with()), make_(with) {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
+  explicit Guest(std::unique_ptr<Engine> with) : engine(std::move(with)) {
     cpu.cpuid.set(supported_cpuid());
-    for (u8 vector = 0; vector < 32; ++vector) {
-      gate(vector, 0x6000 + vector * 16);
-      machine.base[0x6000 + vector * 16] = 0xf4;  // hlt
-    }
+    stop_at_exceptions();
     map(first_page, first_gpa, pte::p | pte::w);
     map(second_page, second_gpa, pte::p | pte::w);
     for (Gva page = 0; page < 4 * page_size; page += page_size) map(data_at + page, data_gpa + page, pte::p | pte::w);
@@ -39,8 +35,6 @@ class Guest : public LongMode {
   }
   /// The code's byte `at` is the second page's first.
   void put(const std::vector<u8>& bytes, unsigned at, Gpa second = second_gpa) {
-    // A page that is rewritten too often would not be translated any more.
-    if (++written_ % 50 == 0) engine = make_();
     std::memcpy(machine.base + first_gpa + page_size - at, bytes.data(), at);
     std::memcpy(machine.base + second, bytes.data() + at, bytes.size() - at);
   }
@@ -67,10 +61,6 @@ class Guest : public LongMode {
 
   std::unique_ptr<Engine> engine;
   CpuState start;
-
- private:
-  std::unique_ptr<Engine> (*make_)();
-  unsigned written_ = 0;
 };
 
 class TranslateCrossingTest : public testing::Test {
@@ -89,7 +79,7 @@ class TranslateCrossingTest : public testing::Test {
     EXPECT_EQ(std::memcmp(translator.machine.base + data_gpa, reference.machine.base + data_gpa, 4 * page_size), 0);
   }
 
-  Guest translator{[] { return make_translator(true); }}, reference{make_interpreter};
+  Guest translator{make_patient_translator(true)}, reference{make_interpreter()};
 };
 
 /// An instruction that computes, with its operand in memory at RBX, RBP or R12, none of which it changes.

@@ -23,13 +23,8 @@ constexpr Gva kernel_code = 0x5000, system_call = 0x6800, buffer = 0xd800;
 class Guest : public LongMode {
  public:
   explicit Guest(std::unique_ptr<Engine> with) : engine(std::move(with)) {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
     cpu.cpuid.set(supported_cpuid());
-    for (u8 vector = 0; vector < 32; ++vector) {
-      gate(vector, 0x6000 + vector * 16);
-      machine.base[0x6000 + vector * 16] = 0xf4;  // hlt
-    }
+    stop_at_exceptions();
     for (Gva page = user_code; page <= user_stack; page += page_size)
       map(page, 0x200000 + (page - user_code), pte::p | pte::w | pte::u);
     CpuState& s = cpu.state;

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "engine/engine.h"
-#include "engine/translate/translator.h"
+#include "engine/patient_translator.h"
 #include "x86/long_mode.h"
 
 namespace anykvm::engine {
@@ -19,7 +19,7 @@ namespace {
 
 using namespace x86;
 
-constexpr Gva code = 0x5000, handlers = 0x6000, data_at = 0x400000;
+constexpr Gva code = 0x5000, handlers = LongMode::handlers, data_at = 0x400000;
 constexpr Gpa data_gpa = 0x200000;
 constexpr unsigned pages = 2, rounds = 4;
 
@@ -117,12 +117,7 @@ class Program {
 class Side : LongMode {
  public:
   explicit Side(std::unique_ptr<Engine> with) : engine(std::move(with)) {
-    static const u8 never = 0;
-    cpu.immediate_exit = &never;
-    for (unsigned vector = 0; vector < 32; ++vector) {
-      gate(u8(vector), handlers + vector * 16, 14, 0, 1);
-      machine.base[handlers + vector * 16] = 0xf4;
-    }
+    stop_at_exceptions(1);
     start = cpu.state;
   }
 
@@ -172,9 +167,7 @@ class Side : LongMode {
 class TranslateWindowTest : public testing::TestWithParam<u64> {};
 
 TEST_P(TranslateWindowTest, DoesWhatTheReferenceDoes) {
-  auto patient = std::make_unique<translate::Translator>();
-  patient->translate_always();  // each program rewrites the page of code
-  Side translator{std::move(patient)}, reference{make_interpreter()};
+  Side translator{make_patient_translator()}, reference{make_interpreter()};
   std::mt19937_64 random(11);
   static constexpr const char* names[] = {"registers", "RIP", "flags", "first page's entry", "second page's", "memory"};
   unsigned ended = 0;

@@ -8,6 +8,7 @@
 #include <random>
 
 #include "engine/native/decoded.h"
+#include "engine/patient_translator.h"
 #include "engine/side.h"
 
 namespace anykvm::engine {
@@ -37,7 +38,7 @@ class TranslateX87Test : public testing::Test {
     return all;
   }
 
-  Side translator{[] { return make_translator(true); }}, reference{make_interpreter};
+  Side translator{make_patient_translator(true)}, reference{make_interpreter()};
 };
 
 /// An instruction of the x87 unit or of MMX, or one that moves the unit's state; now and then another.

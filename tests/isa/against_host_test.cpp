@@ -11,7 +11,7 @@
 #include <map>
 
 #include "engine/engine.h"
-#include "engine/translate/translator.h"
+#include "engine/patient_translator.h"
 #include "isa/compare.h"
 #include "isa/engine_cpu.h"
 #include "isa/generator.h"
@@ -132,9 +132,7 @@ class Comparison {
     engine::Kind kind = engine::Kind::interpret;
     (void)engine::default_kind(kind);
     if (kind == engine::Kind::interpret) return engine::make(kind);
-    auto translator = std::make_unique<engine::translate::Translator>(kind == engine::Kind::translate_exact);
-    translator->translate_always();  // each case rewrites the page of code
-    return translator;
+    return engine::make_patient_translator(kind == engine::Kind::translate_exact);
   }
   /// Runs one case alone; its differences.
   std::vector<Difference> judge(const Case& c) {

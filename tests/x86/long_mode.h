@@ -15,6 +15,7 @@ struct LongMode {
   static constexpr Gpa gdt = 0x1000, idt = 0x2000, tss = 0x3000, stack_top = 0x9000, ist_top = 0xb000, pml4 = 0x10000;
   static constexpr u16 kernel_cs = 0x08, kernel_ss = 0x10, user_cs32 = 0x18 | 3, user_ss = 0x20 | 3, user_cs = 0x28 | 3,
                        tss_selector = 0x30;
+  static constexpr Gva handlers = 0x6000;
   static constexpr u64 code64 = 0x00af9b000000ffff, code32 = 0x00cf9b000000ffff, data = 0x00cf93000000ffff,
                        dpl3 = 3ull << 45;
 
@@ -23,6 +24,8 @@ struct LongMode {
   Gpa next_table = 0x11000;
 
   LongMode() {
+    static const u8 never = 0;
+    cpu.immediate_exit = &never;
     const u64 descriptors[] = {0,
                                code64,
                                data,
@@ -95,6 +98,13 @@ struct LongMode {
     machine.put<u64>(idt + 16 * vector, (rip & 0xffff) | u64(selector) << 16 | u64(ist) << 32 | u64(type) << 40 |
                                             u64(dpl) << 45 | 1ull << 47 | (rip >> 16 & 0xffff) << 48);
     machine.put<u64>(idt + 16 * vector + 8, rip >> 32);
+  }
+  /// Each exception's handler is a HLT at handlers + 16 * vector.
+  void stop_at_exceptions(u8 ist = 0) {
+    for (u8 vector = 0; vector < 32; ++vector) {
+      gate(vector, handlers + vector * 16, 14, 0, ist);
+      machine.base[handlers + vector * 16] = 0xf4;
+    }
   }
   u64 word(Gva identity, unsigned index = 0) { return machine.get<u64>(identity + 8 * index); }
 };
