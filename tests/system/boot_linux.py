@@ -40,15 +40,12 @@ def interrupt_counts(table):
 
 
 def main():
-    parser = harness.arguments(__doc__)
-    parser.add_argument("--guest", default="6.1")
+    parser = harness.guest_arguments(__doc__)
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--engine", default="interpret")
     parser.add_argument("--format", choices=["bzimage", "pvh"], default="bzimage")
     parser.add_argument("--timeout", type=int, default=600, help="seconds until the guest is given up")
-    options = parser.parse_args()
-    harness.require_tool(options.anykvm)
-    guest = harness.Guest(options.guest)
+    options, guest = harness.parse(parser)
     kernel = guest.vmlinux if options.format == "pvh" else guest.vmlinuz
 
     result = harness.boot(options.anykvm, guest, TASK, kernel=kernel, cpus=options.cpus, engine=options.engine,

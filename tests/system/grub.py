@@ -43,13 +43,10 @@ echo "== end"
 
 
 def main():
-    parser = harness.arguments(__doc__)
-    parser.add_argument("--guest", default="6.1")
+    parser = harness.guest_arguments(__doc__)
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--engine", default="interpret")
-    options = parser.parse_args()
-    harness.require_tool(options.anykvm)
-    guest = harness.Guest(options.guest)
+    options, guest = harness.parse(parser)
     if not (FIRMWARE.exists() and GRUB.exists() and shutil.which("grub-mkimage")):
         print("no SeaBIOS or no GRUB here; scripts/setup test installs them (packages seabios, grub-common, grub-pc-bin)")
         sys.exit(harness.SKIPPED)

@@ -134,6 +134,20 @@ def arguments(description):
     return parser
 
 
+def guest_arguments(description):
+    """The parser of a test script that boots a fetched guest; for parse()."""
+    parser = arguments(description)
+    parser.add_argument("--guest", default="6.1")
+    return parser
+
+
+def parse(parser):
+    """The options, and the guest; skips the test where either it or the tool is not there."""
+    options = parser.parse_args()
+    require_tool(options.anykvm)
+    return options, Guest(options.guest)
+
+
 def require_tool(tool):
     if not os.access(tool, os.X_OK):
         print(f"{tool} is not built")

@@ -16,12 +16,9 @@ echo "== end"
 
 
 def main():
-    parser = harness.arguments(__doc__)
-    parser.add_argument("--guest", default="6.1")
+    parser = harness.guest_arguments(__doc__)
     parser.add_argument("--cpus", type=int, default=1)
-    options = parser.parse_args()
-    harness.require_tool(options.anykvm)
-    guest = harness.Guest(options.guest)
+    options, guest = harness.parse(parser)
     # A guest that is this slow need not test its own ciphers, nor take its CPUs or tasks for stuck.
     patience = "cryptomgr.notests nowatchdog rcupdate.rcu_cpu_stall_suppress=1 sysctl.kernel.hung_task_timeout_secs=0"
     result = harness.boot(options.anykvm, guest, TASK, cpus=options.cpus, engine="lockstep", timeout=850, append=patience)

@@ -127,16 +127,13 @@ MEMORY = {"reclaim": "112M"}
 
 
 def main():
-    parser = harness.arguments(__doc__)
+    parser = harness.guest_arguments(__doc__)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--guest", default="6.1")
     parser.add_argument("--cpus", type=int, default=4)
     parser.add_argument("--engine", default="translate")
     parser.add_argument("--rounds", type=int, help="how often")
     parser.add_argument("--timeout", type=int, default=600, help="in seconds: later it hangs")
-    options = parser.parse_args()
-    harness.require_tool(options.anykvm)
-    guest = harness.Guest(options.guest)
+    options, guest = harness.parse(parser)
 
     numbers = "".join(f"{n}\n" for n in range(1, 5001)).encode()
     rounds = options.rounds or ROUNDS[options.part]

@@ -17,13 +17,10 @@ echo "== end"
 
 
 def main():
-    parser = harness.arguments(__doc__)
-    parser.add_argument("--guest", default="6.1")
+    parser = harness.guest_arguments(__doc__)
     parser.add_argument("--engine", default="interpret")
     parser.add_argument("--program", required=True, type=pathlib.Path, help="vector_state, as built for the guest")
-    options = parser.parse_args()
-    harness.require_tool(options.anykvm)
-    guest = harness.Guest(options.guest)
+    options, guest = harness.parse(parser)
     result = harness.boot(options.anykvm, guest, TASK, engine=options.engine, files={"vector_state": options.program})
     host_has = "avx512bw" in pathlib.Path("/proc/cpuinfo").read_text()
     expected = ["x87 good", *(["vectors good", "avx512bw"] if host_has else ["vectors none"])]
