@@ -103,50 +103,62 @@ bool change_of(const Guest& g, int reg, s32& change) {
 }  // namespace
 
 void Translation::plan_windows() {
-  /// A register from its last unknown change on.
+  /// A register since its last unknown change.
   struct Track {
-    unsigned since = 0;  ///< instruction
-    s32 moved = 0;       ///< how much it has changed since then
+    s32 moved = 0;       ///< how much it has changed
+    int dead_at = -1;    ///< the last instruction before which no flag is live; -1: none
+    s32 dead_moved = 0;  ///< `moved` there
     int window = -1;     ///< the one that is growing
   };
-  /// What a window needs to be known while it grows, from the register's value at `since`.
+  /// A window as it grows.
   struct Growing {
-    unsigned since, first, accesses;
-    s32 low, high;
+    s32 origin;  ///< what the register had moved by where the check is
+    unsigned accesses;
+    bool is_hoisted;  ///< the check is where no flag is live, before the first access, where one is
   };
   Track tracks[16];
   Growing growing[window_count];
 
-  const auto take = [&](const Access& access, unsigned n, s8& window) {
-    window = -1;
-    if (access.base < 0 || !access.size) return;
+  const auto take = [&](const Access& access, unsigned n, s8& number) {
+    number = -1;
+    if (access.base < 0 || !access.size || access.displacement != s16(access.displacement)) return;
     Track& track = tracks[access.base];
-    const s32 low = track.moved + access.displacement, high = low + s32(access.size);
-    if (access.displacement != s16(access.displacement)) return;
+    const auto low_in = [&](int w) { return track.moved + access.displacement - growing[w].origin; };
+    const s32 size = s32(access.size);
     if (track.window >= 0) {
-      Growing& known = growing[track.window];
-      if (std::max(high, known.high) - std::min(low, known.low) > widest) track.window = -1;
+      const Window& window = windows_[track.window];
+      const s32 low = low_in(track.window);
+      if (std::max(low + size, window.high) - std::min(low, window.low) > widest) track.window = -1;
     }
     if (track.window < 0) {
       if (window_total_ == window_count) return;
-      track.window = int(window_total_);
-      growing[window_total_] = {track.since, n, 0, low, high};
-      windows_[window_total_++] = {.base = access.base, .low = 0, .high = 0, .write = false, .at = n};
+      track.window = int(window_total_++);
+      const bool hoisted = guests_[n].flags_live && track.dead_at >= 0;
+      growing[track.window] = {hoisted ? track.dead_moved : track.moved, 0, hoisted};
+      const s32 low = low_in(track.window);
+      windows_[track.window] = {.base = access.base,
+                                .low = low,
+                                .high = low + size,
+                                .write = false,
+                                .at = hoisted ? unsigned(track.dead_at) : n};
     }
-    Growing& known = growing[track.window];
-    ++known.accesses;
-    known.low = std::min(low, known.low);
-    known.high = std::max(high, known.high);
-    windows_[track.window].write |= access.write;
-    window = s8(track.window);
+    Window& window = windows_[track.window];
+    const s32 low = low_in(track.window);
+    window.low = std::min(low, window.low);
+    window.high = std::max(low + size, window.high);
+    window.write |= access.write;
+    ++growing[track.window].accesses;
+    number = s8(track.window);
   };
 
   for (unsigned n = 0; n < count_; ++n) {
     Guest& g = guests_[n];
+    if (!g.flags_live)
+      for (Track& track : tracks) track.dead_at = int(n), track.dead_moved = track.moved;
     take(operand_access(g), n, g.operand_window);
     take(stack_access(g), n, g.stack_window);
     if (!keeps_windows(g.what.kind)) {
-      std::fill(std::begin(tracks), std::end(tracks), Track{.since = n + 1});
+      std::fill(std::begin(tracks), std::end(tracks), Track{});
       continue;
     }
     u32 seen = 0;
@@ -158,39 +170,16 @@ void Translation::plan_windows() {
       if (s32 change; change_of(g, reg, change))
         tracks[reg].moved += change;
       else
-        tracks[reg] = {.since = n + 1};
+        tracks[reg] = {};
     }
   }
 
-  // Where to check: nearest before the first access, where no flag is live.
-  bool used[window_count];
-  for (unsigned w = 0; w < window_total_; ++w) {
-    Window& window = windows_[w];
-    const Growing& known = growing[w];
-    unsigned at = known.first;
-    while (at > known.since && guests_[at].flags_live) --at;
-    if (guests_[at].flags_live) at = known.first;
-    s32 moved = 0;
-    for (unsigned n = known.since; n < at; ++n) {
-      s32 change = 0;
-      for (unsigned o = 0; o < guests_[n].d.instruction.operand_count; ++o) {
-        const ZydisDecodedOperand& operand = guests_[n].d.operands[o];
-        if (general_register(operand) != window.base || !(operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE)) continue;
-        change_of(guests_[n], window.base, change);
-        break;
-      }
-      moved += change;
-    }
-    window.at = at;
-    window.low = known.low - moved;
-    window.high = known.high - moved;
-    used[w] = known.accesses > 1 || (guests_[known.first].flags_live && !guests_[at].flags_live);
-  }
+  const auto pays = [&](int w) { return growing[w].accesses > 1 || growing[w].is_hoisted; };
   for (unsigned n = 0; n < count_; ++n)
     for (s8* window : {&guests_[n].operand_window, &guests_[n].stack_window})
-      if (*window >= 0 && !used[*window]) *window = -1;
+      if (*window >= 0 && !pays(*window)) *window = -1;
   for (unsigned w = 0; w < window_total_; ++w)
-    if (!used[w]) windows_[w].at = most_instructions;  // nowhere
+    if (!pays(int(w))) windows_[w].at = most_instructions;  // nowhere
 }
 
 void Translation::check_window(unsigned number) {
