@@ -91,10 +91,10 @@ KvmPath find_in_modules(std::string_view rest) {
   return find_in_module(*module, rest.substr(name.size()));
 }
 
-/// Once a process, and never into a pipe: test runners read it.
+/// Once a process, and never into a pipe: test runners read it. `anykvm run` has said it already, and says so.
 void announce() {
   static constinit std::atomic_flag announced = ATOMIC_FLAG_INIT;
-  if (announced.test_and_set() || !isatty(STDERR_FILENO)) return;
+  if (announced.test_and_set() || std::getenv("ANYKVM_QUIET") || !isatty(STDERR_FILENO)) return;
   constexpr std::string_view text = "anykvm: /dev/kvm is the software engine\n";
   [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, text.data(), text.size());
 }

@@ -3,10 +3,12 @@
 #include <sysexits.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 
 #include "tools/engine_choice.h"
 #include "tools/info.h"
 #include "tools/options.h"
+#include "tools/run.h"
 #include "vmm/boot.h"
 
 namespace anykvm::tools {
@@ -20,6 +22,16 @@ struct BootArguments {
   unsigned cpus = 1;
   bool boot_menu = false, quiet = false;
 };
+
+CLI::Option* add_engine_option(CLI::App& command, std::string& engine) {
+  return command
+      .add_option("--engine", engine,
+                  "What runs guest code: auto, interpret, translate, translate-exact (keeps flags that nothing reads), "
+                  "lockstep (both engines, compared), or host (the host's /dev/kvm)")
+      ->type_name("NAME")
+      ->check(CLI::IsMember({"auto", "interpret", "translate", "translate-exact", "lockstep", "host"}))
+      ->capture_default_str();
+}
 
 void describe_boot(CLI::App& boot, BootArguments& arguments) {
   constexpr unsigned most_cpus = 255;
@@ -53,13 +65,7 @@ void describe_boot(CLI::App& boot, BootArguments& arguments) {
       ->type_name("user|none")
       ->check(CLI::IsMember({"user", "none"}))
       ->capture_default_str();
-  boot.add_option("--engine", arguments.engine,
-                  "What runs guest code: auto, interpret, translate, translate-exact (keeps flags that nothing reads), "
-                  "lockstep (both "
-                  "engines, compared), or host (the host's /dev/kvm)")
-      ->type_name("NAME")
-      ->check(CLI::IsMember({"auto", "interpret", "translate", "translate-exact", "lockstep", "host"}))
-      ->capture_default_str();
+  add_engine_option(boot, arguments.engine);
   boot.add_option("--timeout", arguments.timeout, "End the guest after this many seconds, with exit code 124")
       ->type_name("S");
   boot.add_flag("--quiet", arguments.quiet, "No messages of our own but errors");
@@ -96,6 +102,28 @@ int run_boot(const BootArguments& arguments) {
   return vmm::boot(open_engine(choose_engine(arguments.engine)), options);
 }
 
+void describe_run(CLI::App& command, RunOptions& options) {
+  add_engine_option(command, options.engine)->envname("ANYKVM_ENGINE");
+  command.add_flag("--quiet", options.quiet, "Do not say on a terminal which KVM the program gets");
+  command.prefix_command();
+  command.footer(
+      "anykvm run [OPTIONS] -- PROGRAM ARGS... runs an unmodified KVM client, such as qemu-system-x86_64 -accel kvm,\n"
+      "and all that it starts, with this KVM behind /dev/kvm.\n"
+      "Exit codes: the program's; 64 usage, 69 a program that LD_PRELOAD does not reach (statically linked, setuid,\n"
+      "not 64-bit), 126 one that cannot be executed, 127 one that is not there.");
+}
+
+/// The command line up to the first "--" is ours to parse, unless the program's name came before it.
+std::vector<std::string> program_of(const CLI::App& command, int parsed, int argc, char** argv) {
+  std::vector<std::string> program = command.remaining();
+  if (!program.empty() && program[0].starts_with('-')) throw CLI::ExtrasError({program[0]});
+  const bool named = !program.empty();
+  for (int i = parsed; i < argc; ++i)
+    if (named || i != parsed) program.emplace_back(argv[i]);
+  if (program.empty()) throw CLI::RequiredError("A program, as in anykvm run -- qemu-system-x86_64,");
+  return program;
+}
+
 /// One line, whatever CLI11 has to say.
 int usage_error(const CLI::Error& error) {
   std::string message = error.what();
@@ -115,11 +143,20 @@ int run(int argc, char** argv) {
   CLI::App& info_command = *app.add_subcommand("info", "Show what would run here and why, and what is supported");
   bool json = false;
   info_command.add_flag("--json", json, "As JSON");
+  RunOptions run_options;
+  CLI::App& run_command = *app.add_subcommand("run", "Run a KVM client, such as QEMU, with this KVM as its /dev/kvm");
+  describe_run(run_command, run_options);
+  const bool runs = argc > 1 && std::string_view(argv[1]) == "run";
+  const int parsed = runs ? static_cast<int>(std::find(argv, argv + argc, std::string_view("--")) - argv) : argc;
   try {
-    app.parse(argc, argv);
+    app.parse(parsed, argv);
     if (boot.parsed()) return run_boot(boot_arguments);
     if (info_command.parsed()) return info(json);
-    throw CLI::RequiredError("A command, boot or info,");
+    if (run_command.parsed()) {
+      run_options.program = program_of(run_command, parsed, argc, argv);
+      return run_program(run_options);
+    }
+    throw CLI::RequiredError("A command, boot, info or run,");
   } catch (const CLI::Success& request) {  // --help, --version
     return app.exit(request);
   } catch (const CLI::Error& error) {

@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
-"""QEMU as it is, with -accel kvm under the interposer: a Linux guest boots on each machine, from its kernel file, to power-off."""
+"""QEMU as it is, with -accel kvm under `anykvm run`: a Linux guest boots on each machine, from its kernel file, to power-off."""
 
-import argparse
-import os
 import pathlib
 import shutil
 import sys
@@ -24,8 +22,8 @@ echo "== end"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preload", required=True, type=pathlib.Path, help="libanykvm-preload.so")
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--engine", default="translate")
     parser.add_argument("--machine", default="q35")
     parser.add_argument("--cpu", default="host", help="CPU model")
     parser.add_argument("--cpus", type=int, default=1)
@@ -35,14 +33,14 @@ def main():
     if not qemu:
         print("qemu-system-x86_64 is not there; scripts/setup test installs it")
         sys.exit(harness.SKIPPED)
-    harness.require_tool(options.preload)
+    harness.require_tool(options.anykvm)
     guest = harness.Guest("6.1")
-    os.environ["LD_PRELOAD"] = str(options.preload.resolve())
     with tempfile.TemporaryDirectory() as folder:
         initrd = harness.write_initrd(folder, guest, TASK)
         result = harness.run(
-            [qemu, "-accel", f"kvm,kernel-irqchip={options.irqchip}", "-M", options.machine, "-cpu", options.cpu, "-m", "512",
-             "-smp", str(options.cpus), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
+            [str(options.anykvm), "run", "--engine", options.engine, "--", qemu, "-accel", f"kvm,kernel-irqchip={options.irqchip}",
+             "-M", options.machine, "-cpu", options.cpu, "-m", "512", "-smp", str(options.cpus), "-nodefaults", "-no-user-config",
+             "-display", "none", "-serial", "stdio", "-no-reboot",
              "-kernel", str(guest.vmlinuz), "-initrd", str(initrd), "-append", "console=ttyS0 panic=-1"], 280)
     check(result.status == 0, "QEMU did not end in good order", result)
     check("== end" in result.console, "the guest did not come to its task's end", result)
