@@ -2,7 +2,7 @@
 PRESET ?= release
 BUILD = build/$(PRESET)
 
-.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-isa fuzz-ioctl fuzz-guest fuzz-loader tidy format clean packages guests selftests stress
+.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-isa fuzz-ioctl fuzz-guest fuzz-loader tidy format clean packages guests programs selftests stress
 
 help:
 	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
@@ -15,7 +15,7 @@ help:
 	@echo "make fuzz     fuzz the ioctls, guest code and the loader, FUZZ_TIME seconds each (fuzz-ioctl, fuzz-guest: one of them)"
 	@echo "make fuzz-system  system instructions and modes against QEMU's TCG (SEED, ROUNDS)"
 	@echo "make fuzz-isa  every instruction form against the host CPU (COUNT instances a mode, SEED)"
-	@echo "make stress   Linux 6.1 and 6.12 on 4 CPUs while their code is rewritten: tracers, probes, modules, forks, little memory"
+	@echo "make stress   Linux 6.1 and 6.12 on 4 CPUs while their code is rewritten: tracers, probes, modules, forks, little memory, LuaJIT"
 	@echo "make tidy     clang-tidy over the sources"
 	@echo "make format   clang-format over the sources"
 	@echo "make clean    remove build/ (cache/, the fetched guests, stays)"
@@ -25,6 +25,10 @@ packages:
 
 guests:
 	@scripts/fetch-guests 6.1 6.12
+
+# What tests run in the guests.
+programs:
+	@scripts/fetch-programs
 
 $(BUILD)/build.ninja: | packages
 	@cmake --preset $(PRESET)
@@ -38,22 +42,26 @@ run: packages build/release/build.ninja
 	@scripts/run-guest
 
 # The system tests also boot the sanitized build: only its command is built for that.
-test: packages build guests
+test: packages build guests programs
 	@scripts/setup test
 	@cmake --preset asan >/dev/null && cmake --build build/asan --target anykvm_tool
 	@ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $$(nproc)
 
-asan: packages guests
+asan: packages guests programs
 	@$(MAKE) PRESET=asan build
 	@ctest --test-dir build/asan --output-on-failure --no-tests=error -j $$(nproc)
 
 # Some ten minutes; the first time also a download of 150 MB and a minute of building.
 # The long form of `ctest -L stress`, with the parts that are too slow there; it takes hours.
-stress: build guests
+stress: build guests programs
 	@for guest in 6.1 6.12; do \
 	  for part in ftrace:1000 patching:1000 modules:500 forks:5000 reclaim:300; do \
 	    python3 tests/system/stress.py --anykvm $(BUILD)/bin/anykvm --guest $$guest --timeout 14400 \
 	      $${part%:*} --rounds $${part#*:} || exit 1; \
+	  done; \
+	  for cpus in 1 4; do \
+	    python3 tests/system/jit.py --anykvm $(BUILD)/bin/anykvm --guest $$guest --timeout 14400 \
+	      --cpus $$cpus --rounds 1000 || exit 1; \
 	  done; \
 	done
 

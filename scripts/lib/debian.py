@@ -1,5 +1,6 @@
 """Debian packages by name, without root: downloaded through apt, which checks them against the signed archive index."""
 
+import pathlib
 import subprocess
 
 
@@ -34,6 +35,30 @@ def download(packages, folder, index):
     if answer.returncode != 0:
         raise Error(f"cannot download {' and '.join(packages)}:\n{answer.stdout.rstrip()}")
     return [next(folder.glob(f"{package}_*.deb")) for package in packages]
+
+
+def fetch(packages, folder, cache):
+    """Downloads them into folder, by the first package index that has them all."""
+    problem = None
+    for index in indexes(cache):
+        try:
+            return download(packages, folder, index)
+        except Error as error:
+            problem = error
+    raise problem
+
+
+def libraries_of(root, binary):
+    """Path of each shared library that a program or library of the unpacked packages in `root` needs, by its soname."""
+    path = ":".join(str(root / folder) for folder in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"))
+    listed = subprocess.run([loader_of(root), "--library-path", path, "--list", binary], check=True, capture_output=True,
+                            text=True).stdout
+    found = {line.split()[0]: pathlib.Path(line.split()[2]).resolve() for line in listed.splitlines() if " => " in line}
+    return {name: file for name, file in found.items() if "ld-linux" not in name}
+
+
+def loader_of(root):
+    return (root / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2").resolve()
 
 
 def field(deb, name):

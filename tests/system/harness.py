@@ -42,6 +42,15 @@ class Guest:
         self.initrd = self.folder / "initrd"
 
 
+def program_files(name):
+    """What write_initrd() takes to have a fetched program in the guest: cache/programs/NAME."""
+    folder = ROOT / "cache/programs" / name
+    if not folder.exists():
+        print(f"no program {name}; scripts/fetch-programs {name} fetches it")
+        sys.exit(SKIPPED)
+    return {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+
+
 class Run:
     """What came of one `anykvm boot`."""
 
@@ -70,6 +79,9 @@ def check(condition, what, run=None):
 def write_initrd(folder, guest, task, files=None):
     """The guest's initrd with `task` and programs ({name: path}) in it; answers its path."""
     archive = Archive()
+    names = [pathlib.PurePath(name) for name in files or {}]
+    for parent in sorted({str(parent) for name in names for parent in name.parents} - {"."}):
+        archive.add_folder(parent)
     # The kernel's own messages stay in its log (dmesg) and out of the task's sections.
     archive.add_file("task", b"#!/bin/sh\ndmesg -n 1\n" + task.encode(), 0o755)
     for name, program in (files or {}).items():
