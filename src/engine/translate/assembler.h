@@ -81,6 +81,12 @@ class Assembler {
     dword(u32(displacement));
   }
 
+  /// lea to, [rip + ...]: the address of what is aimed at later.
+  u8* load_address_later(Register to) {
+    bytes(rex(1, to, 0, 0), 0x8d, (to & 7) << 3 | 5);
+    return hole();
+  }
+
   // --- the context, through the GS base
   // -------------------------------------------------------------------------------
   /// op reg, gs:[offset + index * 2^shift]

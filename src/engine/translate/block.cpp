@@ -132,7 +132,10 @@ void Translation::step(const Guest& g, bool leave) {
   const auto mnemonic = unsigned(g.d.mnemonic());
   a_.move_immediate64(address_scratch, StepRequest::encode(g.offset, g.next, is_quick(g.d), has_repeat_prefix(g.d),
                                                            sees_x87(g.d), leave, mnemonic));
-  a_.call(request_.stubs->step[request_.mode.vectors]);
+  if (leave)
+    a_.jump(request_.stubs->last_step[request_.mode.vectors]);
+  else
+    a_.call(request_.stubs->step[request_.mode.vectors]);
 }
 
 void Translation::emit_lea(const Guest& g) {
@@ -449,7 +452,7 @@ void Translation::emit_cold(const Cold& cold) {
       const unsigned offset = guests_[0].offset;
       a_.move_immediate64(address_scratch,
                           StepRequest::encode(offset, offset, false, false, true, true, ZYDIS_MNEMONIC_INVALID));
-      a_.call(request_.stubs->step[request_.mode.vectors]);
+      a_.jump(request_.stubs->last_step[request_.mode.vectors]);
       break;
     }
     case Cold::Kind::window: {

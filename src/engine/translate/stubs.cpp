@@ -116,31 +116,47 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     a.store_to(index_scratch, s32(rip_at), address_scratch);
     return_to_host(a, vectors);
 
-    stubs.step[vectors] = a.here();
-    save_guest(a, vectors, whole);
-    if (vectors) a.bytes(0xc5, 0xf8, 0x77);
-    a.load(rdi, offsetof(Context, self));
-    a.move(rsi, address_scratch);
-    // The stack is 16-byte aligned here: six registers and two return addresses lie on it.
-    a.move_immediate64(rax, reinterpret_cast<u64>(&step_function));
-    a.bytes(0xff, 0xd0);  // call rax
+    // Both ways in and the ways on return as often as they are called: the processor predicts returns by counting, and
+    // a call too many would have it mistake every return on the way back to the client.
+    const auto call_step_function = [&] {
+      save_guest(a, vectors, whole);
+      if (vectors) a.bytes(0xc5, 0xf8, 0x77);
+      a.load(rdi, offsetof(Context, self));
+      a.move(rsi, address_scratch);
+      // The stack is 16-byte aligned here: six registers and two return addresses lie on it.
+      a.move_immediate64(rax, reinterpret_cast<u64>(&step_function));
+      a.bytes(0xff, 0xd0);  // call rax
+    };
     const auto is = [&](Next next) {
       a.bytes(0x3c, u8(next));    // cmp al, next
       return a.jump_if_later(4);  // je
     };
-    u8* const same = is(Next::same_block);
+    stubs.last_step[vectors] = a.here();
+    a.push(rax);  // where a step has a return address: the stack is aligned alike
+    call_step_function();
+    const u8* const go_on = a.here();
     u8* enter[vector_levels];
     for (unsigned next = 0; next < vector_levels; ++next) enter[next] = is(Next(unsigned(Next::enter) + next));
     return_to_host(a, false);
-    a.aim(same);
-    load_guest(a, vectors, whole);
-    a.ret();
     for (unsigned next_vectors = 0; next_vectors < vector_levels; ++next_vectors) {
       a.aim(enter[next_vectors]);
-      a.pop(rax);  // the way back into the block
+      a.pop(rax);
       load_guest(a, next_vectors, whole);
       jump_to_block(a);
     }
+
+    stubs.step[vectors] = a.here();
+    call_step_function();
+    u8* const same = is(Next::same_block);
+    u8* const elsewhere = a.load_address_later(rcx);
+    a.store_to(host_rsp, 0, rcx);
+    a.ret();
+    a.aim(elsewhere);
+    a.push(rax);
+    a.jump(go_on);
+    a.aim(same);
+    load_guest(a, vectors, whole);
+    a.ret();
   }
 
   const auto save = [&a] {

@@ -14,6 +14,8 @@ struct Stubs {
   /// Call here with a StepRequest in the address scratch register: the reference engine executes the instruction.
   /// Returns when the guest goes on behind it in the same block, else goes on elsewhere or leaves.
   u8* step[vector_levels];
+  /// Jump here instead where the instruction ends its block.
+  u8* last_step[vector_levels];
   /// Jump here with a guest RIP that the jump cache does not have in the address scratch register, and the
   /// BranchRequest that led there in the index scratch register: goes on there when there is a block, else leaves.
   /// Keeps every register and the flags.
