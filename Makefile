@@ -15,7 +15,7 @@ help:
 	@echo "make fuzz     fuzz the ioctls, guest code and the loader, FUZZ_TIME seconds each (fuzz-ioctl, fuzz-guest: one of them)"
 	@echo "make fuzz-system  system instructions and modes against QEMU's TCG (SEED, ROUNDS)"
 	@echo "make fuzz-isa  every instruction form against the host CPU (COUNT instances a mode, SEED)"
-	@echo "make stress   Linux 6.1 and 6.12 on 4 CPUs while their code is rewritten: tracers, probes, modules, forks, little memory, LuaJIT"
+	@echo "make stress   Linux 6.1 and 6.12 on 4 CPUs under load: tracers, probes, modules, forks, little memory, LuaJIT, stress-ng"
 	@echo "make tidy     clang-tidy over the sources"
 	@echo "make format   clang-format over the sources"
 	@echo "make clean    remove build/ (cache/, the fetched guests, stays)"
@@ -51,7 +51,6 @@ asan: packages guests programs
 	@$(MAKE) PRESET=asan build
 	@ctest --test-dir build/asan --output-on-failure --no-tests=error -j $$(nproc)
 
-# Some ten minutes; the first time also a download of 150 MB and a minute of building.
 # The long form of `ctest -L stress`, with the parts that are too slow there; it takes hours.
 stress: build guests programs
 	@for guest in 6.1 6.12; do \
@@ -63,8 +62,10 @@ stress: build guests programs
 	    python3 tests/system/jit.py --anykvm $(BUILD)/bin/anykvm --guest $$guest --timeout 14400 \
 	      --cpus $$cpus --rounds 1000 || exit 1; \
 	  done; \
+	  python3 tests/system/stress_ng.py --anykvm $(BUILD)/bin/anykvm --guest $$guest --seconds 100 || exit 1; \
 	done
 
+# Some ten minutes; the first time also a download of 150 MB and a minute of building.
 selftests: packages build
 	@scripts/setup selftests
 	@scripts/kvm-selftests --table docs/selftests.md

@@ -15,9 +15,8 @@ SCRIPT = pathlib.Path(__file__).with_suffix(".lua")
 def natively(files, seed, rounds):
     loader = files["lib64/ld-linux-x86-64.so.2"]
     libraries = files["lib/x86_64-linux-gnu/libc.so.6"].parent
-    done = subprocess.run([loader, "--library-path", libraries, files["usr/bin/luajit"], SCRIPT, str(seed), str(rounds)], check=True,
-                          capture_output=True, text=True)
-    return done.stdout
+    command = [loader, "--library-path", libraries, files["usr/bin/luajit"], SCRIPT, str(seed), str(rounds)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main():
@@ -30,12 +29,11 @@ def main():
     files = harness.program_files("luajit")
 
     seeds = range(1, options.cpus + (2 if options.cpus == 1 else 3))
-    task = f"for seed in {' '.join(map(str, seeds))}; do\n"
+    task = f"export PATH=$PATH:/usr/bin\nfor seed in {' '.join(map(str, seeds))}; do\n"
     task += f"  luajit jit.lua $seed {options.rounds} > /tmp/$seed.out 2> /tmp/$seed.err || echo \"status $?\" >> /tmp/$seed.err &\n"
     task += "done\nwait\n"
     task += "".join(f"echo '== out {seed}'\ncat /tmp/{seed}.out\necho '== err {seed}'\ncat /tmp/{seed}.err\n" for seed in seeds)
     task += 'echo "== dmesg"\ndmesg\necho "== end"\n'
-    task = "export PATH=$PATH:/usr/bin\n" + task
     result = harness.boot(options.anykvm, guest, task, files={**files, "jit.lua": SCRIPT}, cpus=options.cpus, engine=options.engine,
                           timeout=options.timeout)
     result.section("end")
@@ -48,7 +46,7 @@ def main():
     check(all(compiled > 10 * options.rounds and dropped > options.rounds // 8 for compiled, dropped in counts),
           f"too little was compiled and dropped: {counts}", result)
     harness.check_kernel_log(result)
-    print(f"jit, {options.rounds} rounds on {options.guest}, {options.cpus} CPUs: {result.seconds:.1f} s, compiled and dropped: {counts}")
+    print(f"jit, {options.rounds} rounds on {options.guest}, {options.cpus} CPUs: {result.seconds:.1f} s, compiled, dropped {counts}")
 
 
 if __name__ == "__main__":
