@@ -84,8 +84,15 @@ TEST_F(CodeCacheTest, ABlockThatDoesNotFitWritesNowhereElse) {
   u8 *const hot = code, *const cold = code + 4096;
   Assembler a(cache.room().hot, cache.room_end().hot);
   const Stubs stubs = emit_stubs(a, false);
-  const BlockRequest request{
-      .page = page, .address = 0x10000, .offset = 0, .mode = {}, .stubs = &stubs, .cache = &cache, .limit = 8};
+  Decoder decoder;
+  const BlockRequest request{.page = page,
+                             .address = 0x10000,
+                             .offset = 0,
+                             .mode = {},
+                             .stubs = &stubs,
+                             .decoder = &decoder,
+                             .cache = &cache,
+                             .limit = 8};
   bool fits = false;
   for (unsigned room = 0; !fits && room < 4096; ++room) {
     std::memset(code, 0xcc, sizeof code);

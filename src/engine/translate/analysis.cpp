@@ -1,12 +1,30 @@
 #include "engine/translate/analysis.h"
 
+#include <algorithm>
 #include <bit>
-
-#include "engine/translate/rewrite.h"
+#include <cstring>
 
 namespace anykvm::engine::translate {
 
 namespace {
+
+/// The number of a general register operand, or -1.
+int general_register(const ZydisDecodedOperand& operand) {
+  if (operand.type != ZYDIS_OPERAND_TYPE_REGISTER) return -1;
+  switch (ZydisRegisterGetClass(operand.reg.value)) {
+    case ZYDIS_REGCLASS_GPR8:
+    case ZYDIS_REGCLASS_GPR16:
+    case ZYDIS_REGCLASS_GPR32:
+    case ZYDIS_REGCLASS_GPR64:
+      return ZydisRegisterGetId(ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, operand.reg.value));
+    default: return -1;
+  }
+}
+
+bool is_high_byte(const ZydisDecodedOperand& operand) {
+  return operand.type == ZYDIS_OPERAND_TYPE_REGISTER && operand.reg.value >= ZYDIS_REGISTER_AH &&
+         operand.reg.value <= ZYDIS_REGISTER_BH;
+}
 
 /// Instructions of the native categories that nevertheless have a handler of their own: they touch state beyond the
 /// registers or choose what memory they touch.
@@ -77,20 +95,17 @@ bool is_of_x87_unit(const Decoded& d) {
   return unit == Unit::x87 || unit == Unit::mmx;
 }
 
-/// Operands that the renaming can express: general, vector and x87 registers, at most one ordinary memory operand.
+/// Operands that the renaming can express, whichever registers they are: general, vector and x87 registers, at most one
+/// ordinary memory operand.
 bool operands_fit(const Decoded& d, bool x87, u8& vectors) {
   if (d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX) vectors = all_vectors;
-  unsigned memory = 0;
-  u32 seen = 0, needed = 0;  // general registers, and those whose old value is needed
-  bool high_byte = false;
+  unsigned memory = 0, general = 0;
   for (unsigned n = 0; n < d.instruction.operand_count; ++n) {
     const ZydisDecodedOperand& operand = d.operands[n];
     switch (operand.type) {
       case ZYDIS_OPERAND_TYPE_REGISTER: {
-        if (const int number = general_register(operand); number >= 0) {
-          seen |= 1u << number;
-          if (!is_overwritten(operand)) needed |= 1u << number;
-          high_byte |= is_high_byte(operand) && operand.encoding != ZYDIS_OPERAND_ENCODING_NONE;
+        if (general_register(operand) >= 0) {
+          if (++general > GuestInstruction::most_registers) return false;
           break;
         }
         switch (ZydisRegisterGetClass(operand.reg.value)) {
@@ -116,11 +131,22 @@ bool operands_fit(const Decoded& d, bool x87, u8& vectors) {
       default: return false;
     }
   }
+  return memory == 0 || (memory == 1 && d.instruction.address_width == 64);
+}
+
+/// Whether there are host registers for those that the instruction names.
+bool registers_fit(const GuestInstruction& g) {
+  u32 seen = 0, needed = 0;  // and those whose old value is needed
+  bool high_byte = false;
+  for (const GeneralOperand& reg : g.general()) {
+    seen |= 1u << reg.number;
+    if (!reg.is_overwritten) needed |= 1u << reg.number;
+    high_byte |= reg.is_high && reg.field != Field::implicit;
+  }
   const unsigned spilled = unsigned(std::popcount(seen >> 13));
-  if (high_byte && (spilled || (!memory && seen >> x86::rsp & 1))) return false;  // AH-DH exclude REX
-  if (memory > 1 || (memory && d.instruction.address_width != 64)) return false;
+  if (high_byte && (spilled || (!g.has_memory && seen >> x86::rsp & 1))) return false;  // AH-DH exclude REX
   // The second has the register that the address is made of.
-  return spilled <= 1 || (spilled == 2 && (!memory || std::popcount(needed >> 13) <= 1));
+  return spilled <= 1 || (spilled == 2 && (!g.has_memory || std::popcount(needed >> 13) <= 1));
 }
 
 Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
@@ -202,18 +228,12 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
   return may_continue(d) || runs_natively(d) ? Kind::step : Kind::step_and_end;
 }
 
-/// A shift or rotate whose immediate count comes down to 0 writes no flags, whatever the decoder's tables say.
-bool shifts_by_nothing(const Decoded& d) {
+/// Of a shift or rotate by an immediate: which bits of it count.
+u8 count_mask(const Decoded& d) {
   const ZydisDecodedInstruction& i = d.instruction;
-  if (i.meta.category != ZYDIS_CATEGORY_SHIFT && i.meta.category != ZYDIS_CATEGORY_ROTATE) return false;
-  const unsigned count = i.operand_count_visible - 1u;
-  return d.is_immediate(count) && !(d.operands[count].imm.value.u & (i.operand_width == 64 ? 0x3f : 0x1f));
-}
-
-}  // namespace
-
-bool has_repeat_prefix(const Decoded& d) {
-  return d.instruction.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE);
+  if (i.meta.category != ZYDIS_CATEGORY_SHIFT && i.meta.category != ZYDIS_CATEGORY_ROTATE) return 0;
+  if (!d.is_immediate(i.operand_count_visible - 1u) || !i.raw.imm[0].size) return 0;
+  return i.operand_width == 64 ? 0x3f : 0x1f;
 }
 
 bool is_quick(const Decoded& d) {
@@ -260,8 +280,8 @@ bool sees_x87(const Decoded& d) {
   }
 }
 
-Analysis analyse(const Decoded& d, bool supervisor) {
-  Analysis result;
+Analysis what_of(const Decoded& d, bool supervisor) {
+  Analysis result = one_step;
   result.kind = kind_of(d, supervisor, result.vectors);
   result.x87 = result.kind == Kind::native && is_of_x87_unit(d);
   switch (result.kind) {
@@ -297,17 +317,132 @@ Analysis analyse(const Decoded& d, bool supervisor) {
     result.flags_read = 0;
     return result;
   }
-  result.flags_read = flags->tested & all_flags;
-  bool conditional = shifts_by_nothing(d);
+  u32 read = flags->tested & all_flags;
+  bool conditional = false;
   for (unsigned n = 0; n < d.instruction.operand_count; ++n)
     if (d.is_register(n) && d.register_class(n) == ZYDIS_REGCLASS_FLAGS &&
         d.operands[n].actions & ZYDIS_OPERAND_ACTION_CONDWRITE)
       conditional = true;
   const u32 written = (flags->modified | flags->set_0 | flags->set_1) & all_flags;
   // What is called undefined may in truth be kept: the old value counts as read.
-  result.flags_read |= flags->undefined & all_flags;
-  if (!conditional) result.flags_killed = written;
+  read |= flags->undefined & all_flags;
+  result.flags_read = u16(read);
+  if (!conditional) result.flags_killed = u16(written);
   return result;
+}
+
+Field field_of(const ZydisDecodedOperand& operand) {
+  switch (operand.encoding) {
+    case ZYDIS_OPERAND_ENCODING_MODRM_REG: return Field::reg;
+    case ZYDIS_OPERAND_ENCODING_MODRM_RM: return Field::rm;
+    case ZYDIS_OPERAND_ENCODING_OPCODE: return Field::opcode;
+    case ZYDIS_OPERAND_ENCODING_NDSNDD: return Field::vvvv;
+    default: return Field::implicit;
+  }
+}
+
+MemoryOperand memory_of(const ZydisDecodedOperand& operand) {
+  const auto& mem = operand.mem;
+  const bool on_rip = mem.base == ZYDIS_REGISTER_RIP, is_accessed = mem.type != ZYDIS_MEMOP_TYPE_AGEN;
+  return {.base = mem.base == ZYDIS_REGISTER_NONE || on_rip ? s8(-1) : s8(ZydisRegisterGetId(mem.base)),
+          .index = mem.index == ZYDIS_REGISTER_NONE ? s8(-1) : s8(ZydisRegisterGetId(mem.index)),
+          .shift = u8(mem.index == ZYDIS_REGISTER_NONE ? 0 : std::countr_zero(unsigned(mem.scale))),
+          .segment = is_accessed ? u8(ZydisRegisterGetId(mem.segment)) : u8(x86::ds),
+          .displacement = s32(mem.disp.value),
+          .bytes = u16(is_accessed ? operand.size / 8 : 0),
+          .is_rip_relative = on_rip,
+          .is_written = (operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) != 0};
+}
+
+/// Where the parts of the instruction lie, and what of them needs no operands.
+void lay_out(const ZydisDecodedInstruction& i, const u8* bytes, GuestInstruction& out) {
+  for (;; ++out.opcode_at) {
+    const u8 byte = bytes[out.opcode_at];
+    if ((byte & 0xf0) == 0x40)
+      out.rex = byte;
+    else if (is_legacy_prefix(byte))
+      out.rex = 0;
+    else
+      break;
+  }
+  if (i.attributes & ZYDIS_ATTRIB_HAS_MODRM) {
+    out.modrm_at = i.raw.modrm.offset;
+    out.tail_at = u8(out.modrm_at + 1 + (i.attributes & ZYDIS_ATTRIB_HAS_SIB ? 1 : 0) + i.raw.disp.size / 8);
+  } else {
+    out.tail_at = u8(out.opcode_at + (bytes[out.opcode_at] == 0x0f ? 2 : 1));
+  }
+  out.immediate = last_immediate(bytes + out.tail_at, unsigned(i.length - out.tail_at));
+}
+
+}  // namespace
+
+s32 last_immediate(const u8* tail, unsigned bytes) {
+  switch (bytes) {
+    case 1: return s8(*tail);
+    case 2: {
+      s16 value;
+      std::memcpy(&value, tail, sizeof value);
+      return value;
+    }
+    case 4:
+    case 8: {
+      s32 value;
+      std::memcpy(&value, tail, sizeof value);
+      return value;
+    }
+    default: return 0;  // there is none, or one that nobody looks at
+  }
+}
+
+void analyse(const Decoded& d, const u8* bytes, bool supervisor, GuestInstruction& out) {
+  const ZydisDecodedInstruction& i = d.instruction;
+  out = {};
+  out.what = what_of(d, supervisor);
+  out.mnemonic = u16(i.mnemonic);
+  out.length = i.length;
+  out.encoding = i.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX    ? Encoding::vex
+                 : i.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX ? Encoding::evex
+                                                                 : Encoding::legacy;
+  out.opcode = i.opcode;
+  out.opcode_map = u8(i.opcode_map);
+  lay_out(i, bytes, out);
+  out.width = u8(std::min(d.operands[0].size / 8, 64));
+  for (unsigned n = 0; n < i.operand_count; ++n) {
+    const ZydisDecodedOperand& operand = d.operands[n];
+    if (const int number = general_register(operand); number >= 0 && out.register_count < out.most_registers) {
+      out.registers[out.register_count++] = {
+          .number = u8(number & 15),
+          .is_byte = operand.size == 8,
+          .is_high = is_high_byte(operand),
+          .is_written = (operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) != 0,
+          .is_overwritten = operand.actions == ZYDIS_OPERAND_ACTION_WRITE && operand.size >= 32,
+          .field = field_of(operand)};
+    } else if (d.is_memory(n) && operand.encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM) {
+      out.has_memory = true;
+      out.memory = memory_of(operand);
+    }
+  }
+  out.has_immediate = d.is_immediate(0) && d.operands[0].visibility == ZYDIS_OPERAND_VISIBILITY_EXPLICIT;
+  out.count_mask = count_mask(d);
+  if (out.what.kind == Kind::native && out.width == 8 && general_register(d.operands[0]) >= 0 && d.is_immediate(1))
+    out.adds = d.mnemonic() == ZYDIS_MNEMONIC_ADD ? 1 : d.mnemonic() == ZYDIS_MNEMONIC_SUB ? -1 : 0;
+  out.is_quick = is_quick(d);
+  out.is_repeated = i.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE);
+  out.is_locked = i.attributes & ZYDIS_ATTRIB_HAS_LOCK;
+  out.is_repeatable = is_repeatable(d);
+  out.sees_x87 = sees_x87(d);
+  out.moves_x87_pointers =
+      unit_of(d) == Unit::x87 && !is_x87_control(d.mnemonic()) && d.mnemonic() != ZYDIS_MNEMONIC_FWAIT;
+}
+
+void settle(GuestInstruction& out) {
+  Analysis& what = out.what;
+  if (what.kind != Kind::native) return;
+  if (!registers_fit(out))
+    what = {.kind = Kind::step, .vectors = no_vectors, .x87 = false, .flags_read = all_flags, .flags_killed = 0};
+  // Whatever the decoder's tables say, no flags are written then.
+  else if (out.count_mask && !(out.immediate & out.count_mask))
+    what.flags_killed = 0;
 }
 
 }  // namespace anykvm::engine::translate

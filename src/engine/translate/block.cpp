@@ -10,10 +10,10 @@ namespace anykvm::engine::translate {
 
 namespace {
 
-bool decode_at(const u8* page, unsigned offset, Decoded& d) {
-  if (offset >= page_size) return false;
-  const unsigned available = unsigned(page_size - offset < 15 ? page_size - offset : 15);
-  return ZYAN_SUCCESS(decode_instruction(page + offset, available, 64, d));
+bool is_supervisor(const BlockRequest& request) { return request.mode.privilege != x86::Privilege::user; }
+
+bool decode_at(const BlockRequest& request, unsigned offset, GuestInstruction& out) {
+  return request.decoder->decode(request.page + offset, unsigned(page_size) - offset, is_supervisor(request), out);
 }
 
 /// The lines of the page that [offset, offset + length) lies in.
@@ -27,29 +27,27 @@ bool ends_block(Kind kind) {
 }
 
 /// Whether all flags are overwritten from here on before any is read, as far as a few instructions show.
-bool flags_dead_at(const u8* page, s64 offset, bool supervisor, u64& lines) {
+bool flags_dead_at(const BlockRequest& request, unsigned offset, u64& lines) {
   u32 live = all_flags;
-  for (unsigned n = 0; n < 8 && offset >= 0; ++n) {
-    Decoded d;
-    if (!decode_at(page, unsigned(offset), d)) return false;
-    lines |= lines_of(unsigned(offset), d.instruction.length);
-    const Analysis what = analyse(d, supervisor);
-    if (what.flags_read & live) return false;
-    live &= ~what.flags_killed;
+  for (unsigned n = 0; n < 8 && offset < page_size; ++n) {
+    GuestInstruction g;
+    if (!decode_at(request, offset, g)) return false;
+    lines |= lines_of(offset, g.length);
+    if (g.what.flags_read & live) return false;
+    live &= ~u32(g.what.flags_killed);
     if (!live) return true;
-    if (ends_block(what.kind) || what.kind == Kind::jump_if) return false;
-    offset += d.instruction.length;
+    if (ends_block(g.what.kind) || g.what.kind == Kind::jump_if) return false;
+    offset += g.length;
   }
   return false;
 }
 
-s32 branch_target(const Guest& g) { return s32(g.next) + s32(g.d.operands[0].imm.value.s); }
+s32 branch_target(const Guest& g) { return s32(g.next) + g.immediate; }
 bool in_page(s32 offset) { return offset >= 0 && offset < s32(page_size); }
 
 }  // namespace
 
 void Translation::collect() {
-  const bool supervisor = request_.mode.privilege != x86::Privilege::user;
   unsigned offset = request_.offset;
   falls_through_ = true;
   while (count_ < request_.limit) {
@@ -61,24 +59,26 @@ void Translation::collect() {
       std::memcpy(crossing_, g.bytes, first);
       std::memcpy(crossing_ + first, request_.rest, sizeof crossing_ - first);
       g.bytes = crossing_;
-      if (!ZYAN_SUCCESS(decode_instruction(crossing_, sizeof crossing_, 64, g.d))) out_of_room_ = true;
-    } else if (!decode_at(request_.page, offset, g.d)) {
+      if (!request_.decoder->decode(crossing_, sizeof crossing_, is_supervisor(request_), g)) out_of_room_ = true;
+    } else if (!decode_at(request_, offset, g)) {
       // Undefined, or it continues on the next page: the reference engine knows.
       if (count_ == 0) {
-        g.d.instruction.mnemonic = ZYDIS_MNEMONIC_INVALID;
+        static_cast<GuestInstruction&>(g) = {.what = one_step, .mnemonic = ZYDIS_MNEMONIC_INVALID, .sees_x87 = true};
         lines_ |= lines_of(offset, unsigned(page_size) - offset < 15 ? unsigned(page_size) - offset : 15);
-        g.what = {};
         g.next = u16(offset);
         ++count_;
         falls_through_ = false;
       }
       break;
     }
-    lines_ |= lines_of(offset, request_.rest ? unsigned(page_size) - offset : g.d.instruction.length);
-    g.what = analyse(g.d, supervisor);
-    if (request_.supervised && !is_repeatable(g.d)) g.what = {.kind = Kind::step_and_end};
-    if (g.what.vectors > request_.mode.vectors) g.what = {.kind = Kind::want_vectors, .vectors = g.what.vectors};
-    offset += g.d.instruction.length;
+    lines_ |= lines_of(offset, request_.rest ? unsigned(page_size) - offset : g.length);
+    if (request_.supervised && !g.is_repeatable) g.what = one_step;
+    if (const u8 wanted = g.what.vectors; wanted > request_.mode.vectors) {
+      g.what = one_step;
+      g.what.kind = Kind::want_vectors;
+      g.what.vectors = wanted;
+    }
+    offset += g.length;
     g.next = u16(offset);
     ++count_;
     const bool branches = g.what.kind == Kind::jump || g.what.kind == Kind::jump_if;
@@ -97,14 +97,14 @@ void Translation::collect() {
   falls_to_ = s32(offset);
   // Between STI and the instruction behind it no interrupt may come.
   if (guests_[count_ - 1].what.kind == Kind::set_interrupt) {
-    guests_[count_ - 1].what = {.kind = Kind::step_and_end};
+    guests_[count_ - 1].what = one_step;
     falls_through_ = false;
   }
 
   // Flags that are live behind the block: those that its successors may read.
   const Guest& last = guests_[count_ - 1];
   const auto dead = [&](s32 target) {
-    return !request_.exact_flags && in_page(target) && flags_dead_at(request_.page, target, supervisor, lines_);
+    return !request_.exact_flags && in_page(target) && flags_dead_at(request_, unsigned(target), lines_);
   };
   u32 live = all_flags;
   if (falls_through_ && dead(falls_to_)) live = 0;
@@ -115,8 +115,8 @@ void Translation::collect() {
     g.taken_flags_live = g.what.kind == Kind::jump_if && !dead(branch_target(g));
     if (g.taken_flags_live) live = all_flags;
     if (g.what.kind == Kind::verify_write && (live & ZYDIS_CPUFLAG_ZF || request_.exact_flags))
-      g.what = {.kind = Kind::step};
-    live = (live & ~g.what.flags_killed) | g.what.flags_read;
+      g.what.kind = Kind::step, g.what.flags_read = all_flags;
+    live = (live & ~u32(g.what.flags_killed)) | g.what.flags_read;
     g.flags_live = live != 0 || request_.exact_flags;
     g.operand_window = g.stack_window = -1;
   }
@@ -129,9 +129,8 @@ void Translation::step_at(u8* site, unsigned n, bool restores_rcx) {
 }
 
 void Translation::step(const Guest& g, bool leave) {
-  const auto mnemonic = unsigned(g.d.mnemonic());
-  a_.move_immediate64(address_scratch, StepRequest::encode(g.offset, g.next, is_quick(g.d), has_repeat_prefix(g.d),
-                                                           sees_x87(g.d), leave, mnemonic));
+  a_.move_immediate64(address_scratch,
+                      StepRequest::encode(g.offset, g.next, g.is_quick, g.is_repeated, g.sees_x87, leave, g.mnemonic));
   if (leave)
     a_.jump(request_.stubs->last_step[request_.mode.vectors]);
   else
@@ -139,56 +138,51 @@ void Translation::step(const Guest& g, bool leave) {
 }
 
 void Translation::emit_lea(const Guest& g) {
-  const int to = general_register(g.d.operands[0]);
-  const unsigned bytes = g.d.operands[0].size / 8;
-  Address address = address_of(g, g.d.operands[1]);
+  const unsigned to = g.registers[0].number, bytes = g.width;
+  Address address = address_of(g);
   address.segment = -1;
-  const bool direct = bytes >= 4 && !in_context(unsigned(to)) && !address.rip_relative &&
+  const bool direct = bytes >= 4 && !in_context(to) && !address.rip_relative &&
                       !(address.base >= 0 && in_context(unsigned(address.base))) &&
                       !(address.index >= 0 && in_context(unsigned(address.index)));
   if (direct) {
-    a_.lea(home(unsigned(to)), address.base < 0 ? -1 : home(unsigned(address.base)),
+    a_.lea(home(to), address.base < 0 ? -1 : home(unsigned(address.base)),
            address.index < 0 ? -1 : home(unsigned(address.index)), address.shift, address.displacement, bytes == 8);
     return;
   }
   compute(address);
   if (bytes == 4) a_.move32(address_scratch, address_scratch);
-  if (in_context(unsigned(to))) {
+  if (in_context(to)) {
     if (bytes == 2) {
       a_.byte(0x65);
       a_.bytes(0x66, 0x44, 0x89, (address_scratch & 7) << 3 | 4, 0x25);
-      a_.dword(spill_slot(unsigned(to)));
+      a_.dword(spill_slot(to));
     } else {
-      a_.store(spill_slot(unsigned(to)), address_scratch);
+      a_.store(spill_slot(to), address_scratch);
     }
   } else if (bytes == 2) {
-    const Register reg = home(unsigned(to));
+    const Register reg = home(to);
     a_.bytes(0x66, 0x44 | reg >> 3, 0x89, 0xc0 | (address_scratch & 7) << 3 | (reg & 7));
   } else {
-    a_.move(home(unsigned(to)), address_scratch);
+    a_.move(home(to), address_scratch);
   }
 }
 
 void Translation::emit_native(const Guest& g, unsigned n) {
-  const std::span<const ZydisDecodedOperand> operands{g.d.operands, g.d.instruction.operand_count};
   Renaming renaming;
   for (unsigned guest = 0; guest < 16; ++guest) renaming.registers[guest] = home(guest);
-  const ZydisDecodedOperand* const memory = memory_operand(g);
-  const ZydisDecodedOperand* high_byte = nullptr;
+  const bool memory = g.has_memory;
+  const GeneralOperand* high_byte = nullptr;
   u32 spilled = 0, written = 0, overwritten = ~0u;
-  for (const ZydisDecodedOperand& operand : operands) {
-    if (is_high_byte(operand) && operand.encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG) high_byte = &operand;
-    const int number = general_register(operand);
-    if (number < 13) continue;
-    if (!is_overwritten(operand)) overwritten &= ~(1u << number);
-    spilled |= 1u << number;
-    if (operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) written |= 1u << number;
+  for (const GeneralOperand& operand : g.general()) {
+    if (operand.is_high && operand.field == Field::reg) high_byte = &operand;
+    if (!in_context(operand.number)) continue;
+    const u32 bit = 1u << operand.number;
+    if (!operand.is_overwritten) overwritten &= ~bit;
+    spilled |= bit;
+    if (operand.is_written) written |= bit;
   }
   if (g.what.x87) want_x87(g, n);
-  if (memory) {
-    const bool write = memory->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE;
-    renaming.memory = operand_place(g, address_of(g, *memory), memory->size / 8, write, n, g.flags_live);
-  }
+  if (memory) renaming.memory = operand_place(g, address_of(g), g.memory.bytes, g.memory.is_written, n, g.flags_live);
   // The spilled registers that it names borrow the scratch registers, AH-DH beside a memory operand the low byte of
   // one: first the one that is free, then the one that the address is made of, for a register that is only written.
   Register borrowed = renaming.memory.index == index_scratch ? address_scratch : index_scratch;
@@ -208,13 +202,13 @@ void Translation::emit_native(const Guest& g, unsigned n) {
   }
   if (high_byte && memory) {
     renaming.high_byte = borrow();
-    a_.rotate_right(Register(renaming.high_byte), home(unsigned(general_register(*high_byte))), 8);
+    a_.rotate_right(Register(renaming.high_byte), home(high_byte->number), 8);
   }
-  if (!rewrite(a_, g.d.instruction, operands, g.bytes, renaming)) out_of_room_ = true;
+  if (!rewrite(a_, g, g.bytes, renaming)) out_of_room_ = true;
   for (unsigned guest = 13; guest < 16; ++guest)
     if (written >> guest & 1) a_.store(spill_slot(guest), renaming.registers[guest]);
-  if (renaming.high_byte >= 0 && high_byte->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) {
-    const Register whole = home(unsigned(general_register(*high_byte)));
+  if (renaming.high_byte >= 0 && high_byte->is_written) {
+    const Register whole = home(high_byte->number);
     a_.rotate_right(whole, whole, 8);
     a_.move8(whole, Register(renaming.high_byte));
     a_.rotate_right(whole, whole, 56);
@@ -261,9 +255,9 @@ void Translation::aim_or_link(u8* site, s32 target, unsigned n, Mode mode) {
 
 /// Straight to where it goes, unless something must be looked at on the way.
 void Translation::emit_jump_if(const Guest& g, unsigned n) {
-  const unsigned condition = g.d.instruction.opcode & 15;
+  const unsigned condition = g.opcode & 15;
   const s32 target = branch_target(g);
-  if (g.d.mnemonic() == ZYDIS_MNEMONIC_JRCXZ) {
+  if (g.mnemonic == ZYDIS_MNEMONIC_JRCXZ) {
     u8* const taken = a_.jump_if_rcx_zero_later();
     u8* const not_taken = a_.jump_later();
     a_.aim_short(taken);
@@ -327,14 +321,13 @@ void Translation::push_return_address(const Guest& g, unsigned n) {
 
 void Translation::emit(unsigned n) {
   const Guest& g = guests_[n];
-  const auto& operand = g.d.operands[0];
   for (unsigned w = 0; w < window_total_; ++w)
     if (windows_[w].at == n) check_window(w);
   if (!keeps_address_scratch(g.what.kind)) held_ = -1;
   switch (g.what.kind) {
     case Kind::step:
       step(g, false);
-      if (sees_x87(g.d)) x87_loaded_ = x87_noted_ = false;
+      if (g.sees_x87) x87_loaded_ = x87_noted_ = false;
       break;
     case Kind::step_and_end: step(g, true); break;
     case Kind::nothing: break;
@@ -348,10 +341,10 @@ void Translation::emit(unsigned n) {
     case Kind::lea: emit_lea(g); break;
     case Kind::push: {
       const Place place = on_stack(g, n, -8, true, g.flags_live);
-      if (operand.type == ZYDIS_OPERAND_TYPE_IMMEDIATE) {
-        a_.store_signed32(place, s32(operand.imm.value.s));
+      if (g.has_immediate) {
+        a_.store_signed32(place, g.immediate);
       } else {
-        const unsigned guest = unsigned(general_register(operand));
+        const unsigned guest = g.registers[0].number;
         Register from = home(guest);
         if (in_context(guest)) {
           a_.load(index_scratch, spill_slot(guest));
@@ -363,7 +356,7 @@ void Translation::emit(unsigned n) {
       break;
     }
     case Kind::pop: {
-      const unsigned guest = unsigned(general_register(operand));
+      const unsigned guest = g.registers[0].number;
       const Place place = on_stack(g, n, 0, false, g.flags_live);
       if (in_context(guest)) {
         a_.load_from(index_scratch, place);
@@ -389,7 +382,7 @@ void Translation::emit(unsigned n) {
     case Kind::set_interrupt: emit_set_interrupt(n); break;
     case Kind::swap_gs: emit_swap_gs(); break;
     case Kind::set_access_check: emit_set_access_check(g, n); break;
-    case Kind::verify_write: check(address_of(g, operand), 2, false, n, g.flags_live); break;
+    case Kind::verify_write: check(address_of(g), 2, false, n, g.flags_live); break;
     case Kind::read_time: emit_read_time(g, n); break;
     case Kind::call:
       push_return_address(g, n);
@@ -397,10 +390,10 @@ void Translation::emit(unsigned n) {
       break;
     case Kind::jump_indirect:
     case Kind::call_indirect: {
-      if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY) {
-        load_scratch(operand_place(g, address_of(g, operand), 8, false, n, true));
+      if (g.has_memory) {
+        load_scratch(operand_place(g, address_of(g), 8, false, n, true));
       } else {
-        const unsigned guest = unsigned(general_register(operand));
+        const unsigned guest = g.registers[0].number;
         if (in_context(guest))
           a_.load(address_scratch, spill_slot(guest));
         else
@@ -418,9 +411,7 @@ void Translation::emit(unsigned n) {
       break;
     }
     case Kind::ret: {
-      s32 extra = 0;
-      if (operand.type == ZYDIS_OPERAND_TYPE_IMMEDIATE && operand.visibility == ZYDIS_OPERAND_VISIBILITY_EXPLICIT)
-        extra = s32(operand.imm.value.u & 0xffff);
+      const s32 extra = g.has_immediate ? g.immediate & 0xffff : 0;
       load_scratch(on_stack(g, n, 0, false, true));
       a_.lea(guest_rsp, guest_rsp, -1, 0, 8 + extra);
       indirect(n, -8 - extra);

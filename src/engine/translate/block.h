@@ -2,6 +2,7 @@
 #pragma once
 
 #include "engine/translate/code_cache.h"
+#include "engine/translate/decoder.h"
 #include "engine/translate/stubs.h"
 
 namespace anykvm::engine::translate {
@@ -14,6 +15,7 @@ struct BlockRequest {
   unsigned offset;  ///< of the first instruction
   Mode mode;
   const Stubs* stubs;
+  Decoder* decoder;
   CodeCache* cache;  ///< where direct jumps in the page may find their target
   unsigned limit = most_instructions;
   /// The block is one instruction that continues on the next page. `rest` has that page's bytes as its blocks know

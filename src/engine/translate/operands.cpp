@@ -1,34 +1,17 @@
 // Where memory operands lie: the guest's address, the look into the TLB, the place among the host's addresses.
-#include <bit>
-
 #include "engine/translate/translation.h"
 
 namespace anykvm::engine::translate {
 
-const ZydisDecodedOperand* memory_operand(const Guest& g) {
-  for (unsigned n = 0; n < g.d.instruction.operand_count; ++n)
-    if (g.d.operands[n].type == ZYDIS_OPERAND_TYPE_MEMORY &&
-        g.d.operands[n].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM)
-      return &g.d.operands[n];
-  return nullptr;
-}
-
-Translation::Address Translation::address_of(const Guest& g, const ZydisDecodedOperand& operand) const {
-  Address address;
-  address.displacement = s32(operand.mem.disp.value);
-  if (operand.mem.base == ZYDIS_REGISTER_RIP) {
-    address.rip_relative = true;
-    address.displacement += g.next;
-  } else if (operand.mem.base != ZYDIS_REGISTER_NONE) {
-    address.base = ZydisRegisterGetId(operand.mem.base);
-  }
-  if (operand.mem.index != ZYDIS_REGISTER_NONE) {
-    address.index = ZydisRegisterGetId(operand.mem.index);
-    address.shift = unsigned(std::countr_zero(unsigned(operand.mem.scale)));
-  }
-  if (operand.mem.segment == ZYDIS_REGISTER_FS) address.segment = x86::fs;
-  if (operand.mem.segment == ZYDIS_REGISTER_GS) address.segment = x86::gs;
-  return address;
+/// Of its memory operand.
+Translation::Address Translation::address_of(const Guest& g) {
+  const MemoryOperand& operand = g.memory;
+  return {.base = operand.base,
+          .index = operand.index,
+          .shift = operand.shift,
+          .displacement = operand.displacement + (operand.is_rip_relative ? g.next : 0),
+          .rip_relative = operand.is_rip_relative,
+          .segment = operand.segment >= x86::fs ? operand.segment : -1};
 }
 
 /// The guest's linear address to the address scratch register. Flags and everything but the scratch registers stay.

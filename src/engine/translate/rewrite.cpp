@@ -1,94 +1,53 @@
 #include "engine/translate/rewrite.h"
 
-#include "engine/native/decoded.h"
-
 namespace anykvm::engine::translate {
 
-int general_register(const ZydisDecodedOperand& operand) {
-  if (operand.type != ZYDIS_OPERAND_TYPE_REGISTER) return -1;
-  switch (ZydisRegisterGetClass(operand.reg.value)) {
-    case ZYDIS_REGCLASS_GPR8:
-    case ZYDIS_REGCLASS_GPR16:
-    case ZYDIS_REGCLASS_GPR32:
-    case ZYDIS_REGCLASS_GPR64:
-      return ZydisRegisterGetId(ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, operand.reg.value));
-    default: return -1;
-  }
-}
-
-bool is_overwritten(const ZydisDecodedOperand& operand) {
-  return operand.actions == ZYDIS_OPERAND_ACTION_WRITE && operand.size >= 32;
-}
-
-bool is_high_byte(const ZydisDecodedOperand& operand) {
-  return operand.type == ZYDIS_OPERAND_TYPE_REGISTER && operand.reg.value >= ZYDIS_REGISTER_AH &&
-         operand.reg.value <= ZYDIS_REGISTER_BH;
-}
-
-bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const ZydisDecodedOperand> operands,
-             const u8* bytes, const Renaming& renaming) {
+bool rewrite(Assembler& a, const GuestInstruction& g, const u8* bytes, const Renaming& renaming) {
   // Which fields name general registers.
   int reg = -1, rm = -1, in_opcode = -1, vvvv = -1;
-  bool high_byte = false, memory = false;
-  for (const ZydisDecodedOperand& operand : operands) {
-    if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY && operand.encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM) memory = true;
-    const int number = general_register(operand);
-    if (number < 0) continue;
-    if (is_high_byte(operand)) {
-      if (operand.encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG && renaming.high_byte >= 0)
+  bool high_byte = false;
+  const bool memory = g.has_memory;
+  for (const GeneralOperand& operand : g.general()) {
+    const int to = renaming.registers[operand.number];
+    if (operand.is_high) {
+      if (operand.field == Field::reg && renaming.high_byte >= 0)
         reg = renaming.high_byte;
       else
-        high_byte |= operand.encoding != ZYDIS_OPERAND_ENCODING_NONE;
+        high_byte |= operand.field != Field::implicit;
       continue;
     }
-    switch (operand.encoding) {
-      case ZYDIS_OPERAND_ENCODING_MODRM_REG: reg = renaming.registers[number]; break;
-      case ZYDIS_OPERAND_ENCODING_MODRM_RM: rm = renaming.registers[number]; break;
-      case ZYDIS_OPERAND_ENCODING_OPCODE: in_opcode = renaming.registers[number]; break;
-      case ZYDIS_OPERAND_ENCODING_NDSNDD: vvvv = renaming.registers[number]; break;
-      case ZYDIS_OPERAND_ENCODING_NONE: break;  // implicit: keeps its own name
-      default: return false;
+    switch (operand.field) {
+      case Field::reg: reg = to; break;
+      case Field::rm: rm = to; break;
+      case Field::opcode: in_opcode = to; break;
+      case Field::vvvv: vvvv = to; break;
+      case Field::implicit: break;  // keeps its own name
     }
   }
   if (memory != (renaming.memory.base >= 0)) return false;
   const unsigned base = memory ? unsigned(renaming.memory.base) : 0;
   const unsigned index = memory && renaming.memory.index >= 0 ? unsigned(renaming.memory.index) : 0;
-
-  unsigned at = 0;
-  unsigned rex = 0;
-  for (;; ++at) {
-    const u8 b = bytes[at];
-    if ((b & 0xf0) == 0x40) {
-      rex = b;
-    } else if (b == 0x66 || b == 0xf2 || b == 0xf3 || b == 0xf0) {
-      a.byte(b);
-      rex = 0;
-    } else if (is_legacy_prefix(b)) {
-      rex = 0;
-    } else {
-      break;
-    }
-  }
-  const bool has_modrm = d.attributes & ZYDIS_ATTRIB_HAS_MODRM;
-  const unsigned modrm_at = has_modrm ? d.raw.modrm.offset : d.length;
   const auto with_bit = [](unsigned value, unsigned bit, unsigned on) {
     return (value & ~(1u << bit)) | (on & 1) << bit;
   };
+  unsigned at = 0;
+  for (; at < g.opcode_at; ++at)
+    if (const u8 b = bytes[at]; b == 0x66 || b == 0xf2 || b == 0xf3 || b == 0xf0) a.byte(b);
 
-  switch (d.encoding) {
-    case ZYDIS_INSTRUCTION_ENCODING_LEGACY: {
-      unsigned out = rex;
+  switch (g.encoding) {
+    case Encoding::legacy: {
+      unsigned out = g.rex;
       if (reg >= 0) out = with_bit(out, 2, unsigned(reg) >> 3);
       if (memory) out = with_bit(with_bit(out, 1, index >> 3), 0, base >> 3);
       if (rm >= 0) out = with_bit(out, 0, unsigned(rm) >> 3);
       if (in_opcode >= 0) out = with_bit(out, 0, unsigned(in_opcode) >> 3);
-      if (out || rex) {
+      if (out || g.rex) {
         if (high_byte) return false;
         a.byte(out | 0x40);
       }
       break;
     }
-    case ZYDIS_INSTRUCTION_ENCODING_VEX: {
+    case Encoding::vex: {
       unsigned first, second;
       if (bytes[at] == 0xc5) {
         first = (bytes[at + 1] & 0x80u) | 0x61;
@@ -106,7 +65,7 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
       a.bytes(0xc4, first, second);
       break;
     }
-    case ZYDIS_INSTRUCTION_ENCODING_EVEX: {
+    case Encoding::evex: {
       // R', X and B with a general register or a base that is none of the upper vector registers.
       unsigned first = bytes[at + 1];
       if (reg >= 0) first = with_bit(with_bit(first, 4, 1), 7, ~unsigned(reg) >> 3);
@@ -117,27 +76,23 @@ bool rewrite(Assembler& a, const ZydisDecodedInstruction& d, std::span<const Zyd
       at += 4;
       break;
     }
-    default: return false;
   }
-  if (!has_modrm) {
+  if (!g.modrm_at) {
     const unsigned opcode_at = at + (bytes[at] == 0x0f ? 1 : 0);
-    for (; at < d.length; ++at)
+    for (; at < g.length; ++at)
       a.byte(at == opcode_at && in_opcode >= 0 ? (bytes[at] & ~7u) | (unsigned(in_opcode) & 7) : bytes[at]);
     return true;
   }
-  for (; at < modrm_at; ++at) a.byte(bytes[at]);
+  for (; at < g.modrm_at; ++at) a.byte(bytes[at]);
 
-  unsigned modrm = bytes[modrm_at];
+  unsigned modrm = bytes[g.modrm_at];
   if (reg >= 0) modrm = (modrm & ~0x38u) | (unsigned(reg) & 7) << 3;
   if (rm >= 0) modrm = (modrm & ~7u) | (unsigned(rm) & 7);
   if (memory)
-    a.address(modrm >> 3 & 7, renaming.memory, d.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX);
+    a.address(modrm >> 3 & 7, renaming.memory, g.encoding == Encoding::evex);
   else
     a.byte(modrm);
-  unsigned tail = modrm_at + 1;
-  if (d.attributes & ZYDIS_ATTRIB_HAS_SIB) ++tail;
-  tail += d.raw.disp.size / 8;
-  for (; tail < d.length; ++tail) a.byte(bytes[tail]);
+  for (unsigned tail = g.tail_at; tail < g.length; ++tail) a.byte(bytes[tail]);
   return true;
 }
 

@@ -1,10 +1,7 @@
 // Emits a guest instruction of 64-bit code again with its registers renamed and its memory operand replaced.
 #pragma once
 
-#include <Zydis/Zydis.h>
-
-#include <span>
-
+#include "engine/translate/analysis.h"
 #include "engine/translate/assembler.h"
 
 namespace anykvm::engine::translate {
@@ -16,13 +13,6 @@ struct Renaming {
 };
 
 /// false: the instruction cannot be encoded so (AH-DH together with a register that needs REX).
-bool rewrite(Assembler& a, const ZydisDecodedInstruction& instruction, std::span<const ZydisDecodedOperand> operands,
-             const u8* bytes, const Renaming& renaming);
-
-/// The number of a general register operand, or -1.
-int general_register(const ZydisDecodedOperand& operand);
-/// The instruction writes all of the register and does not read it.
-bool is_overwritten(const ZydisDecodedOperand& operand);
-bool is_high_byte(const ZydisDecodedOperand& operand);
+bool rewrite(Assembler& a, const GuestInstruction& g, const u8* bytes, const Renaming& renaming);
 
 }  // namespace anykvm::engine::translate

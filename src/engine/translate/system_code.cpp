@@ -3,8 +3,6 @@
 // and leaves to it what is not the common case. Host flags are the guest's meanwhile: nothing here changes them.
 #include "engine/translate/translation.h"
 
-#include "engine/translate/rewrite.h"
-
 namespace anykvm::engine::translate {
 
 namespace {
@@ -21,7 +19,7 @@ constexpr u32 temporary = offsetof(Context, temporary), at_state = offsetof(Cont
 }  // namespace
 
 void Translation::emit_push_memory(const Guest& g, unsigned n) {
-  load_scratch(operand_place(g, address_of(g, g.d.operands[0]), 8, false, n, g.flags_live));
+  load_scratch(operand_place(g, address_of(g), 8, false, n, g.flags_live));
   a_.store(target, address_scratch);
   push_target(g, n, g.flags_live);
 }
@@ -39,10 +37,10 @@ void Translation::emit_push_flags(const Guest& g, unsigned n) {
 }
 
 void Translation::emit_move_from_segment(const Guest& g) {
-  const unsigned to = unsigned(general_register(g.d.operands[0]));
-  const auto segment = unsigned(ZydisRegisterGetId(g.d.operands[1].reg.value));
+  const unsigned to = g.registers[0].number;
+  const unsigned segment = g.bytes[g.modrm_at] >> 3 & 7;
   a_.load(index_scratch, at_state);
-  const bool narrow = g.d.operands[0].size == 16;  // the rest of the register stays
+  const bool narrow = g.width == 2;  // the rest of the register stays
   const Register reg = in_context(to) || narrow ? index_scratch : home(to);
   a_.load_word(
       reg, index_scratch,
@@ -59,8 +57,8 @@ void Translation::emit_move_from_segment(const Guest& g) {
 /// The register numbers a bit from the operand's first, before it or far behind: the address is that of the word that
 /// holds the bit.
 void Translation::emit_bit_string(const Guest& g, unsigned n) {
-  const unsigned bytes = g.d.operands[0].size / 8, shift = bytes == 8 ? 6 : 5;
-  const unsigned guest = unsigned(general_register(g.d.operands[1]));
+  const unsigned bytes = g.width, shift = bytes == 8 ? 6 : 5;
+  const unsigned guest = g.registers[0].number;
   const auto load_number = [&](Register to) {
     if (in_context(guest))
       a_.load(to, spill_slot(guest));
@@ -70,7 +68,7 @@ void Translation::emit_bit_string(const Guest& g, unsigned n) {
       a_.load(to, temporary);
   };
   a_.store(temporary, rcx);
-  compute(address_of(g, g.d.operands[0]));
+  compute(address_of(g));
   load_number(index_scratch);
   if (bytes == 4) a_.sign_extend32(index_scratch, index_scratch);
   a_.move_immediate32(rcx, shift);
@@ -78,20 +76,20 @@ void Translation::emit_bit_string(const Guest& g, unsigned n) {
   a_.load(rcx, temporary);
   a_.lea(address_scratch, address_scratch, index_scratch, bytes == 8 ? 3 : 2, 0);
   a_.store(target, address_scratch);
-  const bool writes = g.d.mnemonic() != ZYDIS_MNEMONIC_BT;
+  const bool writes = g.mnemonic != ZYDIS_MNEMONIC_BT;
   check({.computed = true}, bytes, writes, n, g.flags_live);
   if (guest == rcx)
     a_.move(index_scratch, rcx);
   else
     load_number(index_scratch);
   a_.extract_bits(index_scratch, index_scratch, offsetof(Context, low_bits) + (bytes == 8 ? 8 : 0));
-  if (g.d.instruction.attributes & ZYDIS_ATTRIB_HAS_LOCK) a_.byte(0xf0);
+  if (g.is_locked) a_.byte(0xf0);
   // The opcode's byte as it was: BT A3, BTS AB, BTR B3, BTC BB.
-  a_.bytes(0x45 | (bytes == 8 ? 8 : 0), 0x0f, g.d.instruction.opcode, (index_scratch & 7) << 3 | (address_scratch & 7));
+  a_.bytes(0x45 | (bytes == 8 ? 8 : 0), 0x0f, g.opcode, (index_scratch & 7) << 3 | (address_scratch & 7));
 }
 
 void Translation::emit_clear_flag(const Guest& g) {
-  const u32 others = offsetof(Context, cleared) + (g.d.mnemonic() == ZYDIS_MNEMONIC_CLD ? 8 : 0);
+  const u32 others = offsetof(Context, cleared) + (g.mnemonic == ZYDIS_MNEMONIC_CLD ? 8 : 0);
   a_.load(index_scratch, at_state);
   a_.load_from(address_scratch, index_scratch, other_flags_at);
   a_.extract_bits(address_scratch, address_scratch, others);
@@ -133,7 +131,7 @@ void Translation::emit_swap_gs() {
 
 /// The code behind it has other rights: the block ends, and goes on in one for those.
 void Translation::emit_set_access_check(const Guest& g, unsigned n) {
-  const bool set = g.d.mnemonic() == ZYDIS_MNEMONIC_STAC;
+  const bool set = g.mnemonic == ZYDIS_MNEMONIC_STAC;
   if (request_.mode.vectors != no_vectors || g.next >= page_size) {
     step(g, true);
     return;
@@ -159,7 +157,7 @@ void Translation::emit_set_access_check(const Guest& g, unsigned n) {
 }
 
 void Translation::emit_read_time(const Guest& g, unsigned n) {
-  const bool with_id = g.d.mnemonic() == ZYDIS_MNEMONIC_RDTSCP;
+  const bool with_id = g.mnemonic == ZYDIS_MNEMONIC_RDTSCP;
   a_.store(temporary, rcx);
   a_.load(rcx, offsetof(Context, time_is_refused));
   u8* const allowed = a_.jump_if_rcx_zero_later();

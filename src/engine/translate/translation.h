@@ -7,18 +7,13 @@
 
 namespace anykvm::engine::translate {
 
-struct Guest {
-  Decoded d;
-  Analysis what;
+struct Guest : GuestInstruction {
   u16 offset, next;  ///< in the page
   const u8* bytes;
   bool flags_live;                  ///< some flag must survive what is added before this instruction
   bool taken_flags_live;            ///< ... and what is added where a branch is taken
   s8 operand_window, stack_window;  ///< that its memory operand, its push or pop belong to; -1: none
 };
-
-/// The memory operand that ModRM names; nullptr: none.
-const ZydisDecodedOperand* memory_operand(const Guest& g);
 
 /// Accesses that are checked together: they lie near each other, at distances from a register that are known.
 struct Window {
@@ -82,14 +77,14 @@ class Translation {
   // x87_code.cpp
   void want_x87(const Guest& g, unsigned n);
   void note_x87(const Guest& g);
-  void store_offset(const Guest& g, const ZydisDecodedOperand& operand);
+  void store_offset(const Guest& g);
   /// Behind a step of an instruction for the x87 unit whose block relies on the unit: loads it again, or leaves.
   void restore_x87(const Guest& g, unsigned n);
   void emit_cold(const Cold& cold);
   void emit_cold_step(unsigned n);
 
   // operands.cpp
-  Address address_of(const Guest& g, const ZydisDecodedOperand& operand) const;
+  static Address address_of(const Guest& g);
   void compute(const Address& address);
   /// Leaves the host address of [address, size) in the address scratch register.
   void check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live);

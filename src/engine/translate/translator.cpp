@@ -204,6 +204,7 @@ Block* Translator::make_block(CodePage& page, u64 address, bool single_checks, c
                              .offset = unsigned(address & ~page_mask),
                              .mode = mode_,
                              .stubs = &stubs_,
+                             .decoder = &decoder_,
                              .cache = &cache_,
                              .limit = block_limit_,
                              .rest = rest,

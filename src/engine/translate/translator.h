@@ -106,6 +106,7 @@ class Translator final : public Engine {
   x86::Cpu* cpu_ = nullptr;
   std::unique_ptr<Engine> reference_;
   CodeCache cache_;
+  Decoder decoder_;
   Context* context_;
   Stubs stubs_;
   Mode mode_{};

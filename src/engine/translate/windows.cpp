@@ -34,17 +34,12 @@ Access operand_access(const Guest& g) {
     case Kind::call_indirect: break;
     default: return {};
   }
-  const ZydisDecodedOperand* const operand = memory_operand(g);
-  if (!operand || operand->mem.index != ZYDIS_REGISTER_NONE || operand->mem.base == ZYDIS_REGISTER_NONE ||
-      operand->mem.base == ZYDIS_REGISTER_RIP || operand->mem.segment == ZYDIS_REGISTER_FS ||
-      operand->mem.segment == ZYDIS_REGISTER_GS)
+  const MemoryOperand& operand = g.memory;
+  if (!g.has_memory || operand.index >= 0 || operand.base < 0 || operand.segment >= x86::fs ||
+      in_context(unsigned(operand.base)))
     return {};
-  const int base = ZydisRegisterGetId(operand->mem.base);
-  if (in_context(unsigned(base))) return {};
-  return {.base = base,
-          .displacement = s32(operand->mem.disp.value),
-          .size = operand->size / 8u,
-          .write = (operand->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) != 0};
+  return {
+      .base = operand.base, .displacement = operand.displacement, .size = operand.bytes, .write = operand.is_written};
 }
 
 Access stack_access(const Guest& g) {
@@ -79,25 +74,17 @@ bool keeps_windows(Kind kind) {
 
 /// By how much the instruction changes the register, which is among those that it writes. false: nobody knows.
 bool change_of(const Guest& g, int reg, s32& change) {
-  const auto& operands = g.d.operands;
   switch (g.what.kind) {
     case Kind::push:
     case Kind::push_memory:
     case Kind::push_flags: change = -8; return true;
-    case Kind::pop: change = 8; return reg == x86::rsp && general_register(operands[0]) != x86::rsp;
-    case Kind::lea:
-      change = s32(operands[1].mem.disp.value);
-      return operands[0].size == 64 && operands[1].mem.index == ZYDIS_REGISTER_NONE &&
-             operands[1].mem.base == operands[0].reg.value;
+    case Kind::pop: change = 8; return reg == x86::rsp && g.registers[0].number != x86::rsp;
+    case Kind::lea: change = g.memory.displacement; return g.width == 8 && g.memory.index < 0 && g.memory.base == reg;
     case Kind::native: break;
     default: return false;
   }
-  if (operands[0].size != 64 || general_register(operands[0]) != reg || !g.d.is_immediate(1)) return false;
-  const s64 value = operands[1].imm.value.s;
-  if (value < -4096 || value > 4096) return false;
-  change = s32(value);
-  if (g.d.mnemonic() == ZYDIS_MNEMONIC_SUB) change = -change;
-  return g.d.mnemonic() == ZYDIS_MNEMONIC_SUB || g.d.mnemonic() == ZYDIS_MNEMONIC_ADD;
+  change = g.adds * g.immediate;
+  return g.adds && g.immediate >= -4096 && g.immediate <= 4096;
 }
 
 }  // namespace
@@ -162,12 +149,11 @@ void Translation::plan_windows() {
       continue;
     }
     u32 seen = 0;
-    for (unsigned o = 0; o < g.d.instruction.operand_count; ++o) {
-      const ZydisDecodedOperand& operand = g.d.operands[o];
-      const int reg = general_register(operand);
-      if (reg < 0 || !(operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) || seen >> reg & 1) continue;
+    for (const GeneralOperand& operand : g.general()) {
+      const unsigned reg = operand.number;
+      if (!operand.is_written || seen >> reg & 1) continue;
       seen |= 1u << reg;
-      if (s32 change; change_of(g, reg, change))
+      if (s32 change; change_of(g, int(reg), change))
         tracks[reg].moved += change;
       else
         tracks[reg] = {};

@@ -29,8 +29,8 @@ void Translation::want_x87(const Guest& g, unsigned n) {
 }
 
 /// The operand's offset in its segment to Context::x87_operand.
-void Translation::store_offset(const Guest& g, const ZydisDecodedOperand& operand) {
-  Address address = address_of(g, operand);
+void Translation::store_offset(const Guest& g) {
+  Address address = address_of(g);
   address.segment = -1;
   Register from = index_scratch;
   if (address.base >= 0 && !in_context(unsigned(address.base)) &&
@@ -48,23 +48,20 @@ void Translation::store_offset(const Guest& g, const ZydisDecodedOperand& operan
 
 /// What the guest may ask for with FNSTENV and its likes, of the instruction that has just been executed.
 void Translation::note_x87(const Guest& g) {
-  const ZydisMnemonic mnemonic = g.d.mnemonic();
-  if (mnemonic == ZYDIS_MNEMONIC_FLDCW) a_.store_immediate(offsetof(Context, x87_settled), 1, false);
-  if (unit_of(g.d) != Unit::x87 || is_x87_control(mnemonic) || mnemonic == ZYDIS_MNEMONIC_FWAIT) return;
-  const ZydisDecodedOperand* const operand = memory_operand(g);
-  if (operand) {
-    store_offset(g, *operand);
-    const unsigned segment = unsigned(ZydisRegisterGetId(operand->mem.segment));
-    a_.store_immediate(offsetof(Context, x87_operand_segment), segment + 1, false);
+  if (g.mnemonic == ZYDIS_MNEMONIC_FLDCW) a_.store_immediate(offsetof(Context, x87_settled), 1, false);
+  if (!g.moves_x87_pointers) return;
+  if (g.has_memory) {
+    store_offset(g);
+    a_.store_immediate(offsetof(Context, x87_operand_segment), g.memory.segment + 1u, false);
   }
   if (!x87_noted_) {
     a_.load(index_scratch, offsetof(Context, page_base));
     a_.store(offsetof(Context, x87_page), index_scratch);
     x87_noted_ = true;
   }
-  const unsigned opcode = (g.d.instruction.opcode & 7u) << 8 | g.bytes[g.d.instruction.raw.modrm.offset];
+  const unsigned opcode = (g.opcode & 7u) << 8 | g.bytes[g.modrm_at];
   static_assert(offsetof(Context, x87_settled) == offsetof(Context, x87_last) + 4);
-  a_.store_immediate(offsetof(Context, x87_last), X87Last::encode(g.offset, opcode, operand), true);
+  a_.store_immediate(offsetof(Context, x87_last), X87Last::encode(g.offset, opcode, g.has_memory), true);
 }
 
 void Translation::restore_x87(const Guest& g, unsigned n) {

@@ -1,0 +1,34 @@
+// Decodes guest instructions, most of them without Zydis.
+#pragma once
+
+#include <memory>
+
+#include "engine/translate/analysis.h"
+
+namespace anykvm::engine::translate {
+
+/// Remembers what Zydis said of instructions that differ only in the numbers of registers, displacements and
+/// immediates from one that it decoded before. Of the commonest opcodes (decoder.cpp says which) this is all that there
+/// is to know.
+class Decoder {
+ public:
+  Decoder() : shapes_(std::make_unique<Shape[]>(shape_count)) {}
+
+  /// The instruction at `bytes`; those behind `available` are not looked at. supervisor: of code at CPL 0, else at
+  /// CPL 3. false: it is undefined, or goes on behind `available`; `out` may have changed then.
+  bool decode(const u8* bytes, unsigned available, bool supervisor, GuestInstruction& out);
+
+ private:
+  struct alignas(64) Shape {
+    u32 key = 0;  ///< 0: none
+    GuestInstruction instruction{};
+  };
+  static constexpr unsigned shape_bits = 11, shape_count = 1u << shape_bits;
+
+  bool decode_with_zydis(const u8* bytes, unsigned available, bool supervisor, Shape* shape, u32 key,
+                         GuestInstruction& out);
+
+  std::unique_ptr<Shape[]> shapes_;
+};
+
+}  // namespace anykvm::engine::translate

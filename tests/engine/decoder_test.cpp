@@ -1,0 +1,86 @@
+// What the translator's decoder remembers has to be what Zydis says of each instruction.
+#include "engine/translate/decoder.h"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "engine/patient_translator.h"
+#include "engine/side.h"
+
+namespace anykvm::engine::translate {
+namespace {
+
+/// As Decoder::decode(), by Zydis alone.
+bool decode_afresh(const u8* bytes, bool supervisor, GuestInstruction& out) {
+  Decoded d;
+  if (!ZYAN_SUCCESS(decode_instruction(bytes, 15, 64, d))) return false;
+  analyse(d, bytes, supervisor, out);
+  settle(out);
+  return true;
+}
+
+class DecoderTest : public testing::Test {
+ protected:
+  /// false: undefined.
+  bool expect_the_same(const u8 (&bytes)[15], bool supervisor) {
+    GuestInstruction found{}, wanted{};
+    const bool defined = decode_afresh(bytes, supervisor, wanted);
+    const bool decoded = decoder.decode(bytes, sizeof bytes, supervisor, found);
+    EXPECT_EQ(decoded, defined) << hex(bytes, sizeof bytes);
+    if (decoded && defined) {
+      const auto name = ZydisMnemonicGetString(ZydisMnemonic(wanted.mnemonic));
+      EXPECT_TRUE(found == wanted) << name << ' ' << hex(bytes, wanted.length);
+    }
+    return defined;
+  }
+  Decoder decoder;
+  std::mt19937 random{11};
+};
+
+// Each opcode with prefixes, and then all ModRMs one after another, so that most are made of what was remembered.
+TEST_F(DecoderTest, SaysOfEveryFormWhatZydisSays) {
+  static constexpr u8 prefixes[] = {0x66, 0xf2, 0xf3, 0xf0, 0x64, 0x65, 0x67, 0x2e};
+  unsigned defined = 0;
+  for (unsigned opcode = 0; opcode < 512; ++opcode) {
+    for (unsigned round = 0; round < 8; ++round) {
+      u8 bytes[15] = {};
+      unsigned first = 0;
+      while (random() % 2 && first < 4) bytes[first++] = prefixes[random() % (random() % 8 ? 6 : 8)];
+      const u8 rex = random() % 2 ? u8(0x40 | (random() % 2 << 3)) : 0;
+      const bool supervisor = random() % 2;
+      for (unsigned modrm = 0; modrm < 256 && !HasFailure(); ++modrm) {
+        unsigned at = first;
+        if (rex) bytes[at++] = u8(rex | random() % 8);
+        if (opcode >= 256) bytes[at++] = 0x0f;
+        bytes[at++] = u8(opcode);
+        bytes[at++] = u8(modrm);
+        for (unsigned n = at; n < sizeof bytes; ++n) bytes[n] = u8(random());
+        if (random() % 4 == 0) bytes[at] = u8((bytes[at] & 0xc0) | (random() % 2 ? 0x24 : 0x25));  // SIB without index
+        if (random() % 4 == 0) bytes[at + random() % 5] = 0;                                       // a shift by nothing
+        defined += expect_the_same(bytes, supervisor);
+      }
+    }
+  }
+  EXPECT_GT(defined, 250'000u);
+}
+
+TEST_F(DecoderTest, SaysOfRandomBytesWhatZydisSays) {
+  for (unsigned n = 0; n < 300'000 && !HasFailure(); ++n) {
+    u8 bytes[15];
+    for (u8& byte : bytes) byte = u8(random());
+    expect_the_same(bytes, random() % 2);
+  }
+}
+
+TEST_F(DecoderTest, LooksAtNothingBehindWhatIsThere) {
+  static constexpr u8 bytes[15] = {0x48, 0x8b, 0x84, 0x88, 0x78, 0x56, 0x34, 0x12};  // mov rax, [rax + rcx * 4 + ...]
+  GuestInstruction g;
+  ASSERT_TRUE(decoder.decode(bytes, sizeof bytes, false, g));
+  EXPECT_EQ(g.length, 8);
+  EXPECT_TRUE(decoder.decode(bytes, 8, false, g));
+  for (unsigned available = 0; available < 8; ++available) EXPECT_FALSE(decoder.decode(bytes, available, false, g));
+}
+
+}  // namespace
+}  // namespace anykvm::engine::translate
