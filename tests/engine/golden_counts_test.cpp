@@ -54,6 +54,7 @@ class Translated {
         .offset = at,
         .mode = {supervisor ? x86::Privilege::supervisor : x86::Privilege::user, supervisor ? no_vectors : all_vectors},
         .stubs = &stubs,
+        .decoder = &decoder_,
         .cache = &cache_};
     const u8* const code = cache_.room().hot;
     const BlockCode block = translate_block(request, cache_.room(), cache_.room_end());
@@ -96,6 +97,7 @@ class Translated {
 
   std::vector<u8> page_;
   CodeCache cache_;
+  Decoder decoder_;
   std::string listing_;
   unsigned count_ = 0;
 };
