@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <new>
 
+#include "abi/descriptor_file.h"
 #include "abi/fd_table.h"
 #include "abi/ioctl_table.h"
 #include "anykvm/kvm.h"
@@ -48,7 +49,7 @@ int open_system(int flags) {
     return -EINVAL;
   }
   os::install_fault_handlers();
-  const int fd = os::create_memory_file("kvm", 0);
+  const int fd = create_descriptor_file("kvm", FdKind::system);
   if (fd < 0) return fd;
   if (!(flags & O_CLOEXEC)) syscall(SYS_fcntl, fd, F_SETFD, 0);
   if (const int error = install_descriptor(fd, {FdKind::system}); error < 0) {
@@ -76,6 +77,22 @@ bool owns(int fd) { return static_cast<bool>(FileReference(fd)); }
 int close(int fd) { return close_descriptor(fd); }
 
 int adopt_duplicate(int fd, int copy) { return install_duplicate(fd, copy); }
+
+int adopt_unknown(int fd) {
+  FdKind kind;
+  if (!read_mark(fd, kind)) return -EBADF;
+  if (const int error = install_by_number(fd, file_number(fd)); error != -EBADF) return error;
+  if (kind != FdKind::system) return -EIO;
+  os::install_fault_handlers();
+  return install_descriptor(fd, {FdKind::system});
+}
+
+void forget(unsigned first, unsigned last) { forget_descriptors(first, last); }
+
+bool is_system(int fd) {
+  const FileReference file(fd);
+  return file && file->kind == FdKind::system;
+}
 
 }  // namespace anykvm::abi
 

@@ -25,6 +25,17 @@ int close(int fd);
 /// one of the library's; then copy is none of its business either.
 int adopt_duplicate(int fd, int copy);
 
+/// A descriptor that owns() does not know but KVM's ioctls are called on: inherited through execve(2), received over a
+/// socket, duplicated past this library. 0: it is one of the library's now. -EIO: it belongs to a VM of another
+/// process. -EBADF: it is not KVM's.
+int adopt_unknown(int fd);
+
+/// Tells the library that the descriptors in [first, last] are about to be closed by somebody else.
+void forget(unsigned first, unsigned last);
+
+/// Whether fd is a descriptor of this library's that stands for the system, as /dev/kvm does.
+bool is_system(int fd);
+
 }  // namespace anykvm::abi
 
 // The same for programs in any language, and for the interposer. On failure -1 with errno set, as the system calls.

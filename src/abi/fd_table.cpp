@@ -1,8 +1,10 @@
 #include "abi/fd_table.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <new>
 
+#include "abi/descriptor_file.h"
 #include "abi/vm_file.h"
 #include "os/memory_file.h"
 #include "os/process_identity.h"
@@ -74,6 +76,14 @@ void release(OpenFile* file) {
   section.value() = file;
 }
 
+/// One more reference, unless it is the first: the file is free then.
+bool take_reference(OpenFile* file) {
+  u32 count = file->references.load(std::memory_order_relaxed);
+  while (count != 0 && !file->references.compare_exchange_weak(count, count + 1, std::memory_order_acq_rel)) {
+  }
+  return count != 0;
+}
+
 /// Makes fd stand for file, which brings the reference.
 int install(int fd, OpenFile* file) {
   Slot* slot = nullptr;
@@ -92,10 +102,7 @@ FileReference::FileReference(int fd) {
   Slot* slot = find_slot(fd);
   if (!slot) return;
   while (OpenFile* file = slot->load(std::memory_order_acquire)) {
-    u32 count = file->references.load(std::memory_order_relaxed);
-    while (count != 0 && !file->references.compare_exchange_weak(count, count + 1, std::memory_order_acq_rel)) {
-    }
-    if (count == 0) continue;  // closed since: the slot says so by now
+    if (!take_reference(file)) continue;  // closed since: the slot says so by now
     if (slot->load(std::memory_order_acquire) == file) {
       file_ = file;
       return;
@@ -109,6 +116,7 @@ int install_descriptor(int fd, NewFile meaning) {
   if (!file) return -ENOMEM;
   file->kind = meaning.kind;
   file->process = os::process_identity();
+  file->number.store(file_number(fd), std::memory_order_relaxed);
   file->vm = meaning.vm;
   file->vcpu = meaning.vcpu;
   file->keeps = std::move(meaning.keeps);
@@ -130,6 +138,30 @@ int install_duplicate(int fd, int copy) {
   const int error = install(copy, file);
   if (error) drop_reference(file);
   return error;
+}
+
+int install_by_number(int fd, u64 number) {
+  for (OpenFile* file = every_file.load(std::memory_order_acquire); file; file = file->next_made) {
+    if (file->number.load(std::memory_order_relaxed) != number || !take_reference(file)) continue;
+    const bool same = file->number.load(std::memory_order_relaxed) == number;  // not recycled meanwhile
+    const int error = same ? install(fd, file) : -EBADF;
+    if (error) drop_reference(file);
+    if (same) return error;
+  }
+  return -EBADF;
+}
+
+void forget_descriptors(u32 first, u32 last) {
+  last = std::min(last, chunk_slots * chunks - 1);
+  for (u32 number = first; number <= last; ++number) {
+    Chunk* chunk = table[number / chunk_slots].load(std::memory_order_acquire);
+    if (!chunk) {
+      number |= chunk_slots - 1;  // the next chunk's
+      continue;
+    }
+    if (OpenFile* file = chunk->slots[number % chunk_slots].exchange(nullptr, std::memory_order_acq_rel))
+      drop_reference(file);
+  }
 }
 
 int close_descriptor(int fd) {

@@ -29,7 +29,8 @@ enum class FdKind : u8 { system, vm, vcpu };
 struct OpenFile {
   std::atomic<u32> references{0};  ///< descriptors, and calls in flight; 0: free
   FdKind kind = FdKind::system;
-  u64 process = 0;  ///< os::process_identity() of the VM's creator
+  u64 process = 0;             ///< os::process_identity() of the VM's creator
+  std::atomic<u64> number{0};  ///< file_number() of its descriptors
   vm::Vm* vm = nullptr;
   vcpu::Vcpu* vcpu = nullptr;
   std::shared_ptr<VmFile> keeps;  ///< the VM and its vCPUs, as long as any of their descriptors is open
@@ -76,6 +77,10 @@ struct NewFile {
 int install_descriptor(int fd, NewFile file);
 /// The same meaning for copy as fd has. -EBADF when fd has none: copy then loses what it may have had.
 int install_duplicate(int fd, int copy);
+/// Gives fd the meaning of the open file that has this file_number(). -EBADF when there is none.
+int install_by_number(int fd, u64 number);
+/// Takes the meaning of all descriptors in [first, last] away; they are about to be closed by somebody else.
+void forget_descriptors(u32 first, u32 last);
 /// Takes fd's meaning away and closes it. -EBADF when it has none.
 int close_descriptor(int fd);
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "abi/capabilities.h"
+#include "abi/descriptor_file.h"
 #include "abi/limits.h"
 #include "abi/msr_io.h"
 #include "abi/variable_calls.h"
@@ -28,7 +29,7 @@ long check_system_extension(const Call& call) { return capability_value(call.arg
 long create_vm(const Call& call) {
   os::install_fault_handlers();
   // The descriptor first: without one there is no VM to take back.
-  const int fd = os::create_memory_file("kvm-vm", 0);
+  const int fd = create_descriptor_file("kvm-vm", FdKind::vm);
   if (fd < 0) return fd;
   std::shared_ptr<vm::Vm> machine;
   int error = vm::Vm::create(call.arg, machine);

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "abi/capabilities.h"
+#include "abi/descriptor_file.h"
 #include "abi/limits.h"
 #include "abi/variable_calls.h"
 #include "abi/vm_file.h"
@@ -21,7 +22,7 @@ long create_vcpu(const Call& call) {
   const u32 id = static_cast<u32>(call.arg);
   char name[32];
   std::snprintf(name, sizeof name, "kvm-vcpu:%u", id);
-  const int fd = os::create_memory_file(name, vcpu_mmap_size);
+  const int fd = create_descriptor_file(name, FdKind::vcpu, vcpu_mmap_size);
   if (fd < 0) return fd;
 
   VmFile::VcpuFile file;

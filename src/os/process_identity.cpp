@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <new>
@@ -37,12 +38,19 @@ WipedOnFork* page() {
 
 u64 new_process_identity() {
   auto* wiped = page();
+  wiped->pid.store(getpid(), std::memory_order_relaxed);
   u64 expected = 0;
   const u64 next = last_identity.fetch_add(1, std::memory_order_relaxed) + 1;
   return wiped->identity.compare_exchange_strong(expected, next, std::memory_order_acq_rel) ? next : expected;
 }
 
 }  // namespace detail
+
+bool in_vfork_child() {
+  const auto* page = detail::wiped_on_fork.load(std::memory_order_acquire);
+  const s32 pid = page ? page->pid.load(std::memory_order_relaxed) : 0;
+  return pid != 0 && pid != getpid();
+}
 
 ForkSafeSection::ForkSafeSection() {
   process_identity();

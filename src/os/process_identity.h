@@ -15,6 +15,7 @@ struct WipedOnFork {
   std::atomic<u64> identity;
   std::atomic<u32> lock;
   void* value;
+  std::atomic<s32> pid;
 };
 extern constinit std::atomic<WipedOnFork*> wiped_on_fork;
 u64 new_process_identity();
@@ -28,6 +29,11 @@ inline u64 process_identity() {
       return identity;
   return detail::new_process_identity();
 }
+
+/// Whether this is a child that shares its parent's memory, but neither its descriptors nor its signal handlers, as
+/// between vfork(2) and execve(2): what it changes of those must not change what the parent's memory says about them.
+/// One system call. False in a process that has not asked for its process_identity().
+bool in_vfork_child();
 
 /// A lock that a forked child finds open, whatever another thread was doing in the parent, around one pointer that it
 /// finds null. For short sections without system calls.

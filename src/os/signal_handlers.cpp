@@ -7,6 +7,8 @@
 #include <atomic>
 #include <cerrno>
 
+#include "os/process_identity.h"
+
 // libc's own sigaction, under the name that nobody interposes.
 extern "C" int __sigaction(int, const struct sigaction*, struct sigaction*) noexcept;
 
@@ -204,7 +206,10 @@ int interposed_sigaction(int signal, const struct sigaction* action, struct siga
   if (action) wanted = *action;  // before the lock: the pointer may be bad, or alias old
   struct sigaction previous;
   int result = 0;
-  {
+  if (in_vfork_child()) {
+    result = __sigaction(signal, action ? &wanted : nullptr, &previous);
+    if (result == 0 && previous.sa_sigaction == SignalTrampoline::run) previous = client_action(entries[signal]);
+  } else {
     ChangeLock lock;
     Entry& entry = entries[signal];
     if (entry.fault_handler.load(std::memory_order_relaxed)) {

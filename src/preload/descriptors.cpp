@@ -6,14 +6,20 @@
 // fcntl cancellation points.
 #undef _FORTIFY_SOURCE  // its inline open() would be defined twice
 #include <fcntl.h>
+#include <linux/close_range.h>
+#include <pthread.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <climits>
 #include <cstdarg>
+#include <cstdio>
 
 #include "abi/abi.h"
+#include "anykvm/kvm.h"
+#include "os/process_identity.h"
 #include "preload/kvm_paths.h"
 #include "preload/result.h"
 
@@ -21,6 +27,7 @@ extern "C" {
 int __open64(const char*, int, ...);
 int __close(int);
 int __fcntl(int, int, ...);
+int _IO_fclose(FILE*);
 }
 
 namespace anykvm::preload {
@@ -39,21 +46,42 @@ bool has_mode(int flags) { return (flags & O_CREAT) || (flags & O_TMPFILE) == O_
   }
 
 int open_any(const char* path, int flags, mode_t mode) {
-  const KvmPath ours = find_kvm_path(path);
+  const KvmPath ours = find_kvm_path(AT_FDCWD, path);
   if (ours.kind != PathKind::foreign) return as_libc(open_kvm_path(ours, flags));
   return __open64(path, flags, mode);
 }
 
 int openat_any(int folder, const char* path, int flags, mode_t mode) {
-  const KvmPath ours = find_kvm_path(path);
+  const KvmPath ours = find_kvm_path(folder, path);
   if (ours.kind != PathKind::foreign) return as_libc(open_kvm_path(ours, flags));
   return static_cast<int>(syscall(SYS_openat, folder, path, flags, mode));
 }
 
+/// A vfork child is recognised by its process id, which the parent's must be known for.
+[[gnu::constructor]] void know_this_process() {
+  os::process_identity();
+  pthread_atfork(nullptr, nullptr, [] { os::process_identity(); });
+}
+
 /// After the kernel has made copy from fd: it means the same to us.
 int adopt(int fd, int copy) {
-  if (copy >= 0 && copy != fd) abi::adopt_duplicate(fd, copy);
+  if (copy >= 0 && copy != fd && (abi::owns(fd) || abi::owns(copy)) && !os::in_vfork_child())
+    abi::adopt_duplicate(fd, copy);
   return copy;
+}
+
+/// Before somebody else closes them.
+void forget(unsigned first, unsigned last) {
+  if (!os::in_vfork_child()) abi::forget(first, last);
+}
+
+long ioctl_of_unknown(int fd, unsigned long request, unsigned long argument) {
+  if (_IOC_TYPE(request) == KVMIO) {
+    const int adopted = abi::adopt_unknown(fd);
+    if (adopted == 0) return as_libc(abi::ioctl(fd, request, argument));
+    if (adopted != -EBADF) return as_libc(adopted);
+  }
+  return syscall(SYS_ioctl, fd, request, argument);
 }
 
 }  // namespace
@@ -61,6 +89,7 @@ int adopt(int fd, int copy) {
 
 using namespace anykvm::preload;
 namespace abi = anykvm::abi;
+namespace os = anykvm::os;
 
 #define INTERPOSED extern "C" [[gnu::visibility("default")]]
 
@@ -72,6 +101,8 @@ INTERPOSED int open64(const char* path, int flags, ...) {
   MODE_ARGUMENT(mode, flags);
   return open_any(path, flags, mode);
 }
+INTERPOSED int creat(const char* path, mode_t mode) { return open_any(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
+INTERPOSED int creat64(const char* path, mode_t mode) { return open_any(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
 INTERPOSED int openat(int folder, const char* path, int flags, ...) {
   MODE_ARGUMENT(mode, flags);
   return openat_any(folder, path, flags, mode);
@@ -96,13 +127,37 @@ int interposed_ioctl(int fd, unsigned long request, ...) {
   const long result = abi::ioctl(fd, request, argument);
   if (result >= 0) return static_cast<int>(result);
   // EBADF is also what a call of ours may answer, about another descriptor that it was given.
-  if (result == -EBADF && !abi::owns(fd)) return static_cast<int>(syscall(SYS_ioctl, fd, request, argument));
+  if (result == -EBADF && !abi::owns(fd)) return static_cast<int>(ioctl_of_unknown(fd, request, argument));
   return as_libc(result);
 }
 
 INTERPOSED int close(int fd) {
-  if (abi::close(fd) == 0) return 0;
+  if (abi::owns(fd) && !os::in_vfork_child() && abi::close(fd) == 0) return 0;
   return __close(fd);
+}
+
+INTERPOSED int close_range(unsigned first, unsigned last, int flags) noexcept {
+  const bool closes = first <= last && (flags & ~CLOSE_RANGE_UNSHARE) == 0;
+  if (closes) forget(first, last);
+  return static_cast<int>(syscall(SYS_close_range, first, last, flags));
+}
+
+INTERPOSED void closefrom(int first) noexcept {
+  const unsigned low = first < 0 ? 0 : static_cast<unsigned>(first);
+  forget(low, UINT_MAX);
+  if (syscall(SYS_close_range, low, UINT_MAX, 0) == 0) return;
+  // Before Linux 5.9.
+  const int end = static_cast<int>(sysconf(_SC_OPEN_MAX));
+  for (int fd = static_cast<int>(low); fd < end; ++fd) __close(fd);
+}
+
+// fdopen() makes a stream of any descriptor.
+INTERPOSED int fclose(FILE* file) {
+  const int error = errno;
+  if (const int fd = fileno(file); fd >= 0 && abi::owns(fd))
+    forget(static_cast<unsigned>(fd), static_cast<unsigned>(fd));
+  errno = error;
+  return _IO_fclose(file);
 }
 
 INTERPOSED int dup(int fd) noexcept { return adopt(fd, static_cast<int>(syscall(SYS_dup, fd))); }

@@ -9,6 +9,8 @@
 
 #include <atomic>
 #include <cerrno>
+#include <climits>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <span>
@@ -114,15 +116,62 @@ int open_file(std::string_view contents, int flags) {
 
 }  // namespace
 
-KvmPath find_kvm_path(const char* path) {
+namespace {
+
+KvmPath find_absolute(const char* path) {
   // Most paths are somebody else's, and this tells after a byte or two.
-  if (!path || path[0] != '/') return {};
   constexpr std::string_view modules = "/sys/module/";
   if (std::strcmp(path, "/dev/kvm") == 0) return {PathKind::device, {}};
   if (std::strncmp(path, modules.data(), modules.size()) == 0) return find_in_modules(path + modules.size());
   if (const char* device = std::getenv("ANYKVM_DEVICE"); device && std::strcmp(path, device) == 0)
     return {PathKind::device, {}};
   return {};
+}
+
+/// The absolute path of a folder, ended by a slash; its length, 0 when it cannot be told.
+std::size_t path_of(int folder, std::span<char> out) {
+  ssize_t length = 0;
+  if (folder == AT_FDCWD) {
+    length = syscall(SYS_getcwd, out.data(), out.size() - 1) - 1;
+  } else {
+    char link[32];
+    std::snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+    length = readlink(link, out.data(), out.size() - 1);
+  }
+  if (length <= 0 || out[0] != '/' || std::size_t(length) >= out.size() - 1) return 0;
+  out[std::size_t(length)] = '/';
+  return std::size_t(length) + 1;
+}
+
+/// Takes "//" and "/./" out of a path.
+void straighten(char* path) {
+  char* end = path;
+  for (const char* from = path; *from; ++from) {
+    if (end != path && end[-1] == '/') {
+      if (*from == '/') continue;
+      if (*from == '.' && (from[1] == '/' || !from[1])) continue;
+    }
+    *end++ = *from;
+  }
+  *end = '\0';
+}
+
+}  // namespace
+
+KvmPath find_kvm_path(int folder, const char* path) {
+  if (!path) return {};
+  const bool relative = path[0] != '/';
+  if (!relative && !std::strstr(path, "//") && !std::strstr(path, "/./")) return find_absolute(path);
+  if (!std::strstr(path, "kvm")) return {};  // what the names of KVM's paths have in common
+  const int error = errno;
+  char whole[PATH_MAX];
+  const std::size_t begin = relative ? path_of(folder, whole) : 0;
+  const std::size_t length = std::strlen(path);
+  errno = error;
+  if ((relative && begin == 0) || begin + length >= sizeof whole) return {};
+  std::memcpy(whole + begin, path, length + 1);
+  straighten(whole);
+  return find_absolute(whole);
 }
 
 int open_kvm_path(const KvmPath& path, int flags) {

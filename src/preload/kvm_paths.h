@@ -22,8 +22,9 @@ struct KvmPath {
   std::string_view contents;  ///< of a file
 };
 
-/// Only absolute paths, spelt without detours, are recognised. path may be null. No allocation, no system call.
-KvmPath find_kvm_path(const char* path);
+/// path as openat(folder, path) takes it; links and ".." in it are not followed. It may be null. No allocation; no
+/// system call unless the path is relative.
+KvmPath find_kvm_path(int folder, const char* path);
 
 /// A descriptor as open(path, flags) would give it, or -errno. Not for foreign paths.
 int open_kvm_path(const KvmPath& path, int flags);

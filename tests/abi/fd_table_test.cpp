@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "abi/descriptor_file.h"
 #include "abi/vm_file.h"
 #include "os/memory_file.h"
 #include "os/process_identity.h"
@@ -55,6 +56,52 @@ TEST(FdTable, ForeignNumbersAreNotOurs) {
     EXPECT_EQ(-EBADF, close_descriptor(fd)) << fd;
   }
   EXPECT_EQ(-EMFILE, install_descriptor(1 << 24, {FdKind::system}));
+}
+
+TEST(FdTable, WhatIsForgottenEndsAndStaysOpen) {
+  std::atomic<int> gone{0};
+  const int fds[] = {new_fd(), new_fd(), new_fd()};
+  for (const int fd : fds) ASSERT_EQ(0, install_descriptor(fd, {FdKind::vm, nullptr, nullptr, kept(gone)}));
+  forget_descriptors(static_cast<u32>(fds[1]), static_cast<u32>(fds[1]));
+  EXPECT_EQ(1, gone);
+  EXPECT_TRUE(FileReference(fds[0]) && FileReference(fds[2]));
+  forget_descriptors(3, ~u32{0});
+  EXPECT_EQ(3, gone);
+  for (const int fd : fds) {
+    EXPECT_FALSE(FileReference(fd));
+    EXPECT_TRUE(is_open(fd));
+    os::close_file(fd);
+  }
+}
+
+TEST(FdTable, AnUnknownDuplicateIsFoundByItsFile) {
+  std::atomic<int> gone{0};
+  const int fd = new_fd(), other = new_fd(), copy = ::dup(fd);
+  ASSERT_EQ(0, install_descriptor(fd, {FdKind::vm, nullptr, nullptr, kept(gone)}));
+  EXPECT_EQ(-EBADF, install_by_number(other, file_number(other)));
+  EXPECT_EQ(0, install_by_number(copy, file_number(copy)));
+  EXPECT_EQ(0, close_descriptor(fd));
+  EXPECT_EQ(0, gone);
+  EXPECT_EQ(0, close_descriptor(copy));
+  EXPECT_EQ(1, gone);
+  EXPECT_EQ(-EBADF, install_by_number(other, file_number(other)));
+  os::close_file(other);
+}
+
+TEST(FdTable, AMarkSaysWhatTheFileIs) {
+  for (const FdKind kind : {FdKind::system, FdKind::vm, FdKind::vcpu}) {
+    const int fd = create_descriptor_file("test", kind, kind == FdKind::vcpu ? page_size : 0);
+    FdKind read = FdKind::system;
+    EXPECT_TRUE(read_mark(fd, read));
+    EXPECT_EQ(kind, read);
+    os::close_file(fd);
+  }
+  const int fd = new_fd();
+  FdKind kind;
+  EXPECT_FALSE(read_mark(fd, kind));
+  EXPECT_FALSE(read_mark(-1, kind));
+  EXPECT_FALSE(read_mark(STDIN_FILENO, kind));
+  os::close_file(fd);
 }
 
 TEST(FdTable, ACallInFlightKeepsTheFile) {

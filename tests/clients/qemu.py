@@ -21,9 +21,16 @@ echo "== end"
 """
 
 
+def launcher(options):
+    if options.watch:
+        return ["env", f"LD_PRELOAD={options.watch}", f"ANYKVM_ENGINE={options.engine}", "RUN_PATH_LEAST=1000"]
+    return [str(options.anykvm), "run", "--engine", options.engine, "--"]
+
+
 def main():
     parser = harness.arguments(__doc__)
     parser.add_argument("--engine", default="translate")
+    parser.add_argument("--watch", help="instead of `anykvm run`: LD_PRELOAD with tests/preload/run_path.c in front")
     parser.add_argument("--machine", default="q35")
     parser.add_argument("--cpu", default="host", help="CPU model")
     parser.add_argument("--cpus", type=int, default=1)
@@ -38,8 +45,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         initrd = harness.write_initrd(folder, guest, TASK)
         result = harness.run(
-            [str(options.anykvm), "run", "--engine", options.engine, "--", qemu, "-accel", f"kvm,kernel-irqchip={options.irqchip}",
-             "-M", options.machine, "-cpu", options.cpu, "-m", "512", "-smp", str(options.cpus), "-nodefaults", "-no-user-config",
+            [*launcher(options), qemu, "-accel", f"kvm,kernel-irqchip={options.irqchip}", "-M", options.machine, "-cpu", options.cpu, "-m", "512", "-smp", str(options.cpus), "-nodefaults", "-no-user-config",
              "-display", "none", "-serial", "stdio", "-no-reboot",
              "-kernel", str(guest.vmlinuz), "-initrd", str(initrd), "-append", "console=ttyS0 panic=-1"], 280)
     check(result.status == 0, "QEMU did not end in good order", result)

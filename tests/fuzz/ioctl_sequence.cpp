@@ -212,7 +212,7 @@ class Caller {
     void* run = mmap(nullptr, abi::vcpu_mmap_size, PROT_READ | PROT_WRITE, MAP_SHARED, file.fd, 0);
     // A memfd without pages (system, VM) maps, but must not be touched.
     if (run != MAP_FAILED) {
-      if (lseek(file.fd, 0, SEEK_END) == long(abi::vcpu_mmap_size))
+      if (lseek(file.fd, 0, SEEK_END) >= long(abi::vcpu_mmap_size))
         file.run = static_cast<kvm_run*>(run);
       else
         munmap(run, abi::vcpu_mmap_size);
