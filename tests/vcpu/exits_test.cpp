@@ -387,6 +387,27 @@ TEST_F(Exits, ProtectedRamIsEfault) {
   EXPECT_EQ(ram[0x9000], 1);
 }
 
+TEST_F(Exits, CodeThatRunsIntoProtectedRamIsEfaultEachTime) {
+  auto& vcpu = add_vcpu();
+  start_real_mode(vcpu, {0xc6, 0x06, 0x00, 0xa0, 0x01, 0xf4}, 0x8ffe);  // mov byte [0xa000], 1 ; hlt
+  kvm_sregs sregs;
+  ASSERT_EQ(vcpu.get_sregs(sregs), 0);
+  sregs.cs = {.base = 0, .limit = 0xffff, .selector = 0, .type = 11, .present = 1, .s = 1};
+  ASSERT_EQ(vcpu.set_sregs(sregs), 0);
+  kvm_regs at = regs();
+  at.rip = 0x8ffe;
+  ASSERT_EQ(vcpu.set_regs(at), 0);
+  ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_NONE), 0);
+  for (int n = 0; n < 3; ++n) {
+    EXPECT_EQ(vcpu.run(), -EFAULT);
+    EXPECT_EQ(regs().rip, 0x8ffeu);
+  }
+  ASSERT_EQ(mprotect(ram + 0x9000, page_size, PROT_READ | PROT_WRITE), 0);
+  ASSERT_EQ(vcpu.run(), 0);
+  EXPECT_EQ(run().exit_reason, KVM_EXIT_HLT);
+  EXPECT_EQ(ram[0xa000], 1);
+}
+
 TEST_F(Exits, RunStateIsSaved) {
   auto& vcpu = add_vcpu();
   start_real_mode(vcpu, {

@@ -117,10 +117,11 @@ Unit unit_of(const Decoded& d) {
 DecodeStatus decode(const u8* bytes, unsigned available, unsigned code_bits, Instruction& out, std::span<u8> code) {
   Decoded d;
   out = Instruction{};
-  out.code_bits = u8(code_bits);
   const ZyanStatus status = decode_instruction(bytes, available, code_bits, d);
+  // Of no mode until it is whole: the bytes that are missing may be where the host lets nobody read.
+  if (status == ZYDIS_STATUS_NO_MORE_DATA && available < 15) return DecodeStatus::needs_more;
+  out.code_bits = u8(code_bits);
   if (!ZYAN_SUCCESS(status)) {
-    if (status == ZYDIS_STATUS_NO_MORE_DATA && available < 15) return DecodeStatus::needs_more;
     out.length = u8(available < 15 ? available : 15);
     std::memcpy(out.bytes, bytes, out.length);
     out.handler =

@@ -155,18 +155,12 @@ const Instruction* Interpreter::fetch_slowly(Cpu& cpu, Result& why_not) {
       slot.code_bits == s.code_bits && !std::memcmp(slot.bytes, bytes, std::min<unsigned>(slot.length, first));
   if (begins_alike && slot.length <= first) return found(slot);
   if (!begins_alike && decode(bytes, first, s.code_bits, slot, native) == DecodeStatus::ok) return found(slot);
-  if (first >= room) {
-    slot.code_bits = 0;
-    return behind_limit();
-  }
+  if (first >= room) return behind_limit();
 
   // It continues on the next page, which only now may fault.
   const Gva next = s.code_bits == 64 ? gva + first : u32(gva + first);
   const u8* rest = code_page(cpu, next, why_not);
-  if (!rest) {
-    slot.code_bits = 0;
-    return nullptr;
-  }
+  if (!rest) return nullptr;
   std::memcpy(bytes + first, rest, 15 - first);
   if (!begins_alike || std::memcmp(slot.bytes, bytes, slot.length)) (void)decode(bytes, 15, s.code_bits, slot, native);
   return found(slot);
