@@ -103,9 +103,9 @@ bool Translator::fill(Gva address, u32 request) {
     entry.minus_read = entry.minus_write = minus_other_page(slot);
     entry.host = host_page;
     entry.addend = host_page + minus_page;
-    if (tlb_used_count_ < std::size(tlb_used_))
-      tlb_used_[tlb_used_count_] = u16(unsigned(privilege) * tlb_entries + slot);
-    ++tlb_used_count_;
+    TlbUse& used = tlb_used_[cpu_->mmu.is_global(address, privilege)];
+    if (used.count < std::size(used.entries)) used.entries[used.count] = u16(unsigned(privilege) * tlb_entries + slot);
+    ++used.count;
   }
   (write ? entry.minus_write : entry.minus_read) = minus_page;
   return true;

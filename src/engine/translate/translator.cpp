@@ -109,18 +109,21 @@ bool Translator::translatable() const {
          !cpu_->debug_watch && cpu_->data_privilege != x86::Privilege::user_aligned;
 }
 
-void Translator::flush_tlb() {
-  if (tlb_used_count_ <= std::size(tlb_used_)) {
-    for (u32 n = 0; n < tlb_used_count_; ++n) {
-      TlbEntry& entry = context_->tlb[tlb_used_[n] / tlb_entries][tlb_used_[n] % tlb_entries];
-      entry.minus_read = entry.minus_write = minus_other_page(tlb_used_[n] % tlb_entries);
+/// global: what lies in global pages; else what does not.
+void Translator::flush_tlb(bool global) {
+  TlbUse& used = tlb_used_[global];
+  if (used.count <= std::size(used.entries)) {
+    for (u32 n = 0; n < used.count; ++n) {
+      TlbEntry& entry = context_->tlb[used.entries[n] / tlb_entries][used.entries[n] % tlb_entries];
+      entry.minus_read = entry.minus_write = minus_other_page(used.entries[n] % tlb_entries);
     }
   } else {
     for (auto& table : context_->tlb)
       for (unsigned slot = 0; slot < tlb_entries; ++slot)
         table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
+    tlb_used_[!global].count = 0;
   }
-  tlb_used_count_ = 0;
+  used.count = 0;
 }
 
 void Translator::flush_listed_jumps(bool global) {
@@ -159,9 +162,12 @@ void Translator::follow_flushes() {
   const u64 seen = std::exchange(flushes_seen_, now);
   const int count = cpu_->mmu.pages_flushed_since(seen, pages);
   if (count < 0) {
-    flush_tlb();
+    flush_tlb(false);
     flush_listed_jumps(false);
-    if (cpu_->mmu.global_pages_flushed_since(seen)) flush_jumps();
+    if (cpu_->mmu.global_pages_flushed_since(seen)) {
+      flush_tlb(true);
+      flush_jumps();
+    }
   }
   for (int n = 0; n < count; ++n) flush_page(pages[n]);
 }

@@ -64,7 +64,7 @@ class Translator final : public Engine {
   u8 vectors_allowed() const;
   Mode next_mode(u8 wants_vectors);
   void follow_flushes();
-  void flush_tlb();
+  void flush_tlb(bool global);
   void flush_jumps();
   void flush_listed_jumps(bool global);
   void flush_page(Gva page);
@@ -129,10 +129,14 @@ class Translator final : public Engine {
   bool code_dropped_ = false;                     ///< the block that runs may be gone
   u64 steps_[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {};  ///< of the reference engine, by mnemonic
   // What is in use, so that a flush touches only that.
-  u32 tlb_used_count_ = 0, jumps_used_count_[2] = {};
+  struct TlbUse {
+    u32 count = 0;      ///< more than there is room for: any may be
+    u16 entries[2048];  ///< some more than once
+  };
+  TlbUse tlb_used_[2];  ///< [1]: of global pages
+  u32 jumps_used_count_[2] = {};
   u64 jump_pages_[jump_page_bits / 64] = {};  ///< of which pages the jump cache may have targets: one hashed bit each
   u32 jump_modes_ = 0;                        ///< and in which modes
-  u16 tlb_used_[2048];
   u32 jumps_used_[2][Mode::count * jump_entries];  ///< [1]: whose pages are global
 };
 
