@@ -77,6 +77,26 @@ TEST_F(CodeCacheTest, ARewrittenPagesBlocksAreForgotten) {
   }
 }
 
+TEST_F(CodeCacheTest, ALivelyPageIsSteppedForAWhile) {
+  const auto rewrite = [&](unsigned times) {
+    for (unsigned n = 0; n < times; ++n) {
+      ASSERT_NE(add(0x10000, 16, 16), nullptr);
+      cache.drop(*cache.find_page(0x10000));
+    }
+  };
+  rewrite(CodeCache::most_rewrites);
+  CodePage& page = *cache.find_page(0x10000);
+  EXPECT_FALSE(cache.is_too_lively(page));
+  for (unsigned round = 0; round < 3; ++round) {
+    rewrite(round ? CodeCache::most_rewrites + 1 : 1);
+    unsigned stepped = 0;
+    while (stepped < 2 * CodeCache::most_steps && cache.is_too_lively(page)) ++stepped;
+    EXPECT_GT(stepped, CodeCache::most_steps / 2) << round;
+    EXPECT_LE(stepped, CodeCache::most_steps) << round;
+    EXPECT_FALSE(cache.is_too_lively(page)) << round;
+  }
+}
+
 TEST_F(CodeCacheTest, ABlockThatDoesNotFitWritesNowhereElse) {
   u8 page[page_size];
   for (unsigned n = 0; n < page_size; ++n) page[n] = n % 2 ? 0x10 : 0x74;  // jz +16

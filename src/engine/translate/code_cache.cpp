@@ -179,13 +179,16 @@ void CodeCache::drop(CodePage& page) {
   const u64 now = __rdtsc();
   if (now - page.since > rewrites_window) {
     page.since = now;
-    page.rewritten = 0;
+    page.rewritten = page.stepped = 0;
   }
   ++page.rewritten;
 }
 
-bool CodeCache::is_too_lively(const CodePage& page) const {
-  return !patient_ && page.rewritten > most_rewrites && __rdtsc() - page.since <= rewrites_window;
+bool CodeCache::is_too_lively(CodePage& page) const {
+  if (patient_ || page.rewritten <= most_rewrites || __rdtsc() - page.since > rewrites_window) return false;
+  if (++page.stepped < most_steps) return true;
+  page.rewritten = page.stepped = 0;
+  return false;
 }
 
 void CodeCache::evict() {

@@ -38,6 +38,7 @@ struct CodePage {
   u64 address = 0;
   u32 first_block = 0;  ///< 0: none
   u32 rewritten = 0;    ///< how often its blocks had to be dropped since then:
+  u32 stepped = 0;      ///< instructions left to the reference engine, since it was rewritten too often
   u64 since = 0;        ///< TSC
   u64 lines = 0;        ///< which of its 64-byte lines the blocks were made from
   u64 verified = 0;     ///< the epoch in which the copy was last compared with memory
@@ -55,8 +56,9 @@ class CodeCache {
   static constexpr std::size_t default_bytes = 64u << 20, least_bytes = 4u << 20, most_bytes = 1u << 30;
   static constexpr u32 segments = 8;
   static constexpr u32 max_blocks = 1u << 18, max_pages = 1u << 14;
-  /// A page rewritten more often than this in about a third of a second is not worth it for the rest of that time.
-  static constexpr u32 most_rewrites = 64;
+  /// A page rewritten more often than this in about a third of a second is not worth it for the rest of that time, or
+  /// for so many instructions: to step them takes about as long as the translations that have been thrown away did.
+  static constexpr u32 most_rewrites = 64, most_steps = most_rewrites * 400;
   static constexpr u64 rewrites_window = 1ull << 30;  ///< TSC ticks
 
   /// bytes: of code; brought to what is possible.
@@ -86,8 +88,8 @@ class CodeCache {
   void supersede(Block& block);
   /// Forgets the blocks of a page, which has been rewritten.
   void drop(CodePage& page);
-  /// It is rewritten too often to be translated now.
-  bool is_too_lively(const CodePage& page) const;
+  /// It is rewritten too often to be translated now: the reference engine executes one of its instructions.
+  bool is_too_lively(CodePage& page) const;
   /// None is, from now on.
   void be_patient() { patient_ = true; }
   /// Makes room by forgetting what is oldest.
