@@ -23,6 +23,7 @@ void give_back(T* at, std::size_t count) {
 }
 
 u32 mix(u64 value) { return u32((value * 0x9e3779b97f4a7c15) >> 40); }
+u32 tag_of(u64 address, unsigned mode) { return u32(address * 8 + mode); }
 
 }  // namespace
 
@@ -30,7 +31,7 @@ CodeCache::CodeCache(std::size_t bytes)
     : segment_bytes_(std::clamp(bytes, least_bytes, most_bytes) / segments & ~std::size_t(255)),
       code_(map<u8>(segments * segment_bytes_, PROT_READ | PROT_WRITE | PROT_EXEC)),
       blocks_(map<Block>(max_blocks)),
-      block_index_(map<u32>(block_slots)),
+      block_index_(map<IndexEntry>(block_slots)),
       pages_(map<CodePage>(max_pages)),
       copies_(map<u8>(max_pages * page_size)),
       page_index_(map<u32>(page_slots)) {}
@@ -38,7 +39,7 @@ CodeCache::CodeCache(std::size_t bytes)
 CodeCache::~CodeCache() {
   munmap(code_, segments * segment_bytes_);
   munmap(blocks_, max_blocks * sizeof(Block));
-  munmap(block_index_, block_slots * sizeof(u32));
+  munmap(block_index_, block_slots * sizeof(IndexEntry));
   munmap(pages_, max_pages * sizeof(CodePage));
   munmap(copies_, max_pages * page_size);
   munmap(page_index_, page_slots * sizeof(u32));
@@ -47,8 +48,10 @@ CodeCache::~CodeCache() {
 u32 CodeCache::block_slot(u64 address, unsigned mode) { return mix(address * 8 + mode) % block_slots; }
 
 Block* CodeCache::find(u64 address, unsigned mode) {
-  for (u32 slot = block_slot(address, mode); block_index_[slot]; slot = (slot + 1) % block_slots) {
-    Block& block = blocks_[block_index_[slot]];
+  const u32 tag = tag_of(address, mode);
+  for (u32 slot = block_slot(address, mode); block_index_[slot].number; slot = (slot + 1) % block_slots) {
+    if (block_index_[slot].tag != tag) continue;
+    Block& block = blocks_[block_index_[slot].number];
     if (block.address == address && block.mode == mode) return &block;
   }
   return nullptr;
@@ -98,8 +101,8 @@ Block* CodeCache::add(CodePage& page, u64 address, unsigned mode, CodeRoom used,
   if (blocks_used_[segment_] == blocks_in_segment) return nullptr;
   const u32 number = segment_ * blocks_in_segment + blocks_used_[segment_];
   u32 slot = block_slot(address, mode);
-  while (block_index_[slot]) slot = (slot + 1) % block_slots;
-  block_index_[slot] = number;
+  while (block_index_[slot].number) slot = (slot + 1) % block_slots;
+  block_index_[slot] = {tag_of(address, mode), number};
   Block& block = blocks_[number];
   block = {.address = address,
            .code = room().hot,
@@ -146,18 +149,18 @@ int CodeCache::instruction_at(const Block& block, const u8* host) {
 /// Takes a block out of the index, if it is there, and moves those behind it up that would not be found any more.
 void CodeCache::remove(u32 number) {
   u32 hole = block_slot(blocks_[number].address, blocks_[number].mode);
-  while (block_index_[hole] != number) {
-    if (!block_index_[hole]) return;
+  while (block_index_[hole].number != number) {
+    if (!block_index_[hole].number) return;
     hole = (hole + 1) % block_slots;
   }
-  for (u32 slot = (hole + 1) % block_slots; block_index_[slot]; slot = (slot + 1) % block_slots) {
-    const Block& block = blocks_[block_index_[slot]];
+  for (u32 slot = (hole + 1) % block_slots; block_index_[slot].number; slot = (slot + 1) % block_slots) {
+    const Block& block = blocks_[block_index_[slot].number];
     const u32 wanted = block_slot(block.address, block.mode);
     if ((slot - wanted) % block_slots < (slot - hole) % block_slots) continue;
     block_index_[hole] = block_index_[slot];
     hole = slot;
   }
-  block_index_[hole] = 0;
+  block_index_[hole] = {};
 }
 
 void CodeCache::supersede(Block& block) {

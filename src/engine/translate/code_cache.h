@@ -108,6 +108,10 @@ class CodeCache {
   static constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 15) & ~std::size_t(15); }
   static constexpr u32 block_slots = max_blocks * 2, page_slots = max_pages * 2;
   static constexpr u32 blocks_in_segment = max_blocks / segments;
+  /// Of the index: which block, and enough of its address and mode to tell most others without looking at them.
+  struct IndexEntry {
+    u32 tag, number;  ///< number 0: none
+  };
   static u32 block_slot(u64 address, unsigned mode);
   u8* hot_of(u32 segment) const { return code_ + segment * segment_bytes_; }
   u8* cold_of(u32 segment) const { return hot_of(segment) + segment_bytes_ / 16 * 9; }
@@ -116,12 +120,12 @@ class CodeCache {
 
   const std::size_t segment_bytes_;
   u8* code_;
-  Block* blocks_;     ///< [max_blocks], those of a segment together; number 0 is none
-  u32* block_index_;  ///< [block_slots], open addressing
-  CodePage* pages_;   ///< [max_pages]; number 0 is none
-  u8* copies_;        ///< [max_pages] pages
-  u32* page_index_;   ///< [page_slots]
-  u32 segment_ = 0;   ///< the current one
+  Block* blocks_;            ///< [max_blocks], those of a segment together; number 0 is none
+  IndexEntry* block_index_;  ///< [block_slots], open addressing
+  CodePage* pages_;          ///< [max_pages]; number 0 is none
+  u8* copies_;               ///< [max_pages] pages
+  u32* page_index_;          ///< [page_slots]
+  u32 segment_ = 0;          ///< the current one
   std::size_t hot_used_ = 0, cold_used_ = 0, kept_ = 0;
   u32 blocks_used_[segments] = {1};  ///< of each segment's numbers
   u32 page_count_ = 1;
