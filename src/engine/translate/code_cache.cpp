@@ -23,7 +23,7 @@ void give_back(T* at, std::size_t count) {
 }
 
 u32 mix(u64 value) { return u32((value * 0x9e3779b97f4a7c15) >> 40); }
-u32 tag_of(u64 address, unsigned mode) { return u32(address * 8 + mode); }
+u32 tag_of(u64 address, unsigned mode) { return u32(address * 32 + mode); }
 
 }  // namespace
 
@@ -45,7 +45,10 @@ CodeCache::~CodeCache() {
   munmap(page_index_, page_slots * sizeof(u32));
 }
 
-u32 CodeCache::block_slot(u64 address, unsigned mode) { return mix(address * 8 + mode) % block_slots; }
+/// Neighbours share a line of the host's cache: who looks for one block looks for those around it, too.
+u32 CodeCache::block_slot(u64 address, unsigned mode) {
+  return (mix((address >> 8) * 32 + mode) * 8 + (address >> 5 & 7)) % block_slots;
+}
 
 Block* CodeCache::find(u64 address, unsigned mode) {
   const u32 tag = tag_of(address, mode);
