@@ -34,6 +34,7 @@ class Assembler {
   void bytes(T... values) {
     (byte(unsigned(values)), ...);
   }
+  void word(u32 value) { bytes(value & 0xff, value >> 8 & 0xff); }
   void dword(u32 value) {
     for (unsigned shift = 0; shift < 32; shift += 8) byte(value >> shift & 0xff);
   }
@@ -58,6 +59,8 @@ class Assembler {
     bytes(rex(1, 0, 0, to), 0xb8 | (to & 7));
     qword(value);
   }
+  /// not reg: the flags stay.
+  void complement(Register reg) { bytes(rex(1, 0, 0, reg), 0xf7, 0xd0 | (reg & 7)); }
   void shift_right(Register reg, u8 count) { bytes(rex(1, 0, 0, reg), 0xc1, 0xe8 | (reg & 7), count); }
   void and_immediate32(Register reg, u32 value) {
     bytes(rex(0, 0, 0, reg), 0x81, 0xe0 | (reg & 7));
@@ -120,6 +123,7 @@ class Assembler {
     byte(value);
   }
   void add(Register to, u32 offset, int index = -1) { context_op({0x03}, to, offset, index); }
+  void subtract(Register from, u32 offset, int index) { context_op({0x2b}, from, offset, index); }
   void jump_context(u32 offset, int index, unsigned shift) {
     byte(0x65);
     if (index >= 8) byte(0x42);
@@ -155,6 +159,11 @@ class Assembler {
   /// movzx to, word [base + displacement]
   void load_word(Register to, Register base, s32 displacement) {
     bytes(rex(0, to, 0, base), 0x0f, 0xb7);
+    address(to, base, displacement);
+  }
+  /// movsxd to, dword [base + displacement]
+  void load_signed32(Register to, Register base, s32 displacement) {
+    bytes(rex(1, to, 0, base), 0x63);
     address(to, base, displacement);
   }
   void store_to(Register base, s32 displacement, Register from) {
@@ -217,6 +226,10 @@ class Assembler {
     bytes(0xe3, 0);
     return at_ - 1;
   }
+  u8* jump_if_short_later(unsigned condition) {
+    bytes(0x70 | condition, 0);
+    return at_ - 1;
+  }
   u8* jump_short_later() {
     bytes(0xeb, 0);
     return at_ - 1;
@@ -239,6 +252,8 @@ class Assembler {
     if (reg >= 8) byte(0x41);
     byte(0x58 | (reg & 7));
   }
+  /// add qword [rsp + displacement], value
+  void add_to_stack(u8 displacement, u8 value) { bytes(0x48, 0x83, 0x44, 0x24, displacement, value); }
   void push_flags() { byte(0x9c); }
   void ret() { byte(0xc3); }
 

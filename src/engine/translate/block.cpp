@@ -129,7 +129,7 @@ void Translation::step_at(u8* site, unsigned n, bool restores_rcx) {
 }
 
 void Translation::step(const Guest& g, bool leave) {
-  a_.move_immediate64(address_scratch,
+  a_.move_immediate32(address_scratch,
                       StepRequest::encode(g.offset, g.next, g.is_quick, g.is_repeated, g.sees_x87, leave, g.mnemonic));
   if (leave)
     a_.jump(request_.stubs->last_step[request_.mode.vectors]);
@@ -441,41 +441,35 @@ void Translation::emit_cold(const Cold& cold) {
       break;
     case Cold::Kind::crossing: {
       const unsigned offset = guests_[0].offset;
-      a_.move_immediate64(address_scratch,
+      a_.move_immediate32(address_scratch,
                           StepRequest::encode(offset, offset, false, false, true, true, ZYDIS_MNEMONIC_INVALID));
       a_.jump(request_.stubs->last_step[request_.mode.vectors]);
       break;
     }
     case Cold::Kind::window: {
       u8* crosses = nullptr;
-      if (!cold.restores_rcx) {
+      if (!cold.flags_live) {
         a_.compare_immediate(address_scratch, s32(page_size - 1));
-        crosses = a_.jump_if_later(6);  // jbe: no refill will help
+        crosses = a_.jump_if_short_later(6);  // jbe: no refill will help
       }
       refill(cold);
-      if (crosses) a_.aim(crosses);
-      // The same place with single checks: leave, telling where the jump is that may be aimed at that.
-      u8* const site = a_.jump_later();
-      a_.aim(site);
-      a_.move_immediate64(address_scratch, reinterpret_cast<u64>(site));
-      a_.store(offsetof(Context, link_site), address_scratch);
-      a_.store(offsetof(Context, wants_checks), address_scratch);
-      to_page_offset(address_scratch, guests_[cold.guest].offset);
-      a_.jump(leave());
+      if (crosses) a_.aim_short(crosses);
+      // The same place with single checks.
+      a_.aim(a_.jump_later());
+      a_.call(request_.stubs->check_singly[request_.mode.vectors]);
+      a_.word(guests_[cold.guest].offset);
       break;
     }
     case Cold::Kind::refill: refill(cold); [[fallthrough]];
     case Cold::Kind::step: emit_cold_step(cold.guest); break;
     case Cold::Kind::link:
-      // Leave, telling where the jump is that a later translation may aim.
-      a_.move_immediate64(address_scratch, reinterpret_cast<u64>(cold.site));
-      a_.store(offsetof(Context, link_site), address_scratch);
-      to_page_offset(address_scratch, cold.target);
-      a_.jump(leave());
+      a_.call(request_.stubs->link[request_.mode.vectors]);
+      a_.dword(u32(s32(cold.site - a_.here())));
+      a_.word(u32(cold.target));
       break;
     case Cold::Kind::back_edge:
-      to_page_offset(address_scratch, cold.target);
-      a_.jump(leave());
+      a_.move_immediate32(index_scratch, u32(cold.target));
+      a_.jump(request_.stubs->leave_at[request_.mode.vectors]);
       break;
   }
 }

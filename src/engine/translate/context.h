@@ -123,6 +123,12 @@ struct X87Last {
   static bool has_operand(u32 last) { return last >> 23 & 1; }
 };
 
+/// Of the TLB's first entry.
+inline constexpr u32 tlb_tag(x86::Privilege privilege, bool write) {
+  return u32(offsetof(Context, tlb) + unsigned(privilege) * sizeof(Context::tlb[0]) +
+             (write ? offsetof(TlbEntry, minus_write) : offsetof(TlbEntry, minus_read)));
+}
+
 inline constexpr u32 spill_slot(unsigned guest) { return offsetof(Context, spilled) + (guest - 13) * 8; }
 
 }  // namespace anykvm::engine::translate

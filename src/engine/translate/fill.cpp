@@ -8,8 +8,8 @@
 
 namespace anykvm::engine::translate {
 
-bool fill_function(Context* context, Gva address, u32 request) {
-  return static_cast<Translator*>(context->translator)->fill(address, request);
+bool fill_function(Context* context, Gva address, u32 request, const RefillRequest* more) {
+  return static_cast<Translator*>(context->translator)->fill(address, more->size, request);
 }
 
 bool load_x87_function(Context* context) { return static_cast<Translator*>(context->translator)->load_x87(); }
@@ -89,12 +89,12 @@ bool Translator::load_x87() {
   return true;
 }
 
-bool Translator::fill(Gva address, u32 request) {
+bool Translator::fill(Gva address, unsigned size, u32 request) {
   using x86::Access;
   const bool write = FillRequest::write(request);
   const x86::Privilege privilege = FillRequest::privilege(request);
   if (mode_.privilege != privilege) return false;
-  const u8* host = cpu_->mmu.find(address, FillRequest::size(request), write ? Access::write : Access::read, privilege);
+  const u8* host = cpu_->mmu.find(address, size, write ? Access::write : Access::read, privilege);
   if (!host) return false;
   const unsigned slot = address >> 12 & (tlb_entries - 1);
   TlbEntry& entry = context_->tlb[unsigned(privilege)][slot];

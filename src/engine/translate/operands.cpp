@@ -53,12 +53,8 @@ void Translation::compute(const Address& address) {
 void Translation::check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live,
                             Cold::Kind miss) {
   constexpr Register rcx = x86::rcx;
-  const u32 tag = tlb(write ? offsetof(TlbEntry, minus_write) : offsetof(TlbEntry, minus_read));
-  Cold cold{.kind = miss,
-            .retry = a_.here(),
-            .address = address,
-            .fill = FillRequest::encode(size, write, request_.mode.privilege),
-            .guest = n};
+  const u32 tag = tlb_tag(request_.mode.privilege, write);
+  Cold cold{.kind = miss, .size = u8(size), .writes = write, .flags_live = flags_live, .retry = a_.here(), .guest = n};
   compute(address);
   static_assert(sizeof(TlbEntry) == 32);
   if (!flags_live) {
@@ -78,7 +74,6 @@ void Translation::check_tag(const Address& address, unsigned size, bool write, u
     a_.extract_bits(rcx, rcx, offsetof(Context, page_number_bits));
     u8* hit = a_.jump_if_rcx_zero_later();
     cold.site = a_.jump_later();
-    cold.restores_rcx = true;
     a_.aim_short(hit);
     a_.load(rcx, offsetof(Context, temporary));
   }
@@ -125,10 +120,9 @@ void Translation::load_scratch(const Place& place) {
 
 /// Goes on behind when there is nothing to refill the TLB with.
 void Translation::refill(const Cold& cold) {
-  compute(cold.address);
-  a_.move_immediate32(index_scratch, cold.fill);
-  a_.call(request_.stubs->fill);
-  a_.jump(cold.retry);
+  a_.call(request_.stubs->refill[unsigned(request_.mode.privilege)][cold.writes][cold.flags_live]);
+  a_.dword(u32(s32(cold.retry - a_.here())));
+  a_.byte(cold.size);
 }
 
 }  // namespace anykvm::engine::translate

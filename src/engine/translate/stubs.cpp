@@ -90,6 +90,7 @@ void jump_to_block(Assembler& a) {
 
 constexpr Register callee_saved[] = {rbx, rbp, 12, 13, 14, 15};
 constexpr Register caller_saved[] = {rax, rcx, rdx, rsi, rdi, 8, 9, 10, 11};
+constexpr u8 saved_bytes = (std::size(caller_saved) + 1) * 8;  ///< with the flags
 
 /// From the saved state back to whoever called enter.
 void return_to_host(Assembler& a, bool vectors) {
@@ -179,17 +180,48 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     return a.jump_if_later(5);  // jnz
   };
 
-  stubs.fill = a.here();
+  // What the look left in the address scratch register is the address with the entry's tag added.
+  u8* refills[Stubs::privileges][2][2];
+  for (unsigned privilege = 0; privilege < Stubs::privileges; ++privilege)
+    for (const bool write : {false, true})
+      for (const bool flags_live : {false, true}) {
+        const u32 tag = tlb_tag(x86::Privilege(privilege), write);
+        stubs.refill[privilege][write][flags_live] = a.here();
+        if (!flags_live) {
+          a.subtract(address_scratch, tag, index_scratch);
+        } else {
+          a.load(rcx, tag, index_scratch, 3);
+          a.complement(rcx);
+          a.lea(address_scratch, address_scratch, rcx, 0, 1);
+          a.load(rcx, offsetof(Context, temporary));
+        }
+        a.move_immediate32(index_scratch, FillRequest::encode(write, x86::Privilege(privilege)));
+        refills[privilege][write][flags_live] = a.jump_later();
+      }
+  for (auto& of_privilege : refills)
+    for (auto& of_access : of_privilege)
+      for (u8* const site : of_access) a.aim(site);
   save();
   a.move32(rdx, index_scratch);
+  a.load_from(rcx, host_rsp, saved_bytes);  // the return address: the RefillRequest
+  u8* const filled = call(reinterpret_cast<u64>(&fill_function));
+  a.add_to_stack(saved_bytes, sizeof(RefillRequest));
+  u8* const refused = a.jump_short_later();
+  a.aim(filled);
+  a.load_from(rax, host_rsp, saved_bytes);
+  a.load_signed32(rcx, rax, offsetof(RefillRequest, retry));
+  a.lea(rax, rax, rcx, 0, 0);
+  a.store_to(host_rsp, saved_bytes, rax);
+  a.aim_short(refused);
+  restore();
+  a.ret();
+
   const auto return_if = [&a, &restore](u8* done) {
-    a.bytes(0x48, 0x83, 0x44, 0x24, 80, 5);  // add qword [rsp + 80], 5: the return address
+    a.add_to_stack(saved_bytes, 5);  // the return address
     a.aim(done);
     restore();
     a.ret();
   };
-  return_if(call(reinterpret_cast<u64>(&fill_function)));
-
   stubs.load_x87 = a.here();
   save();
   return_if(call(reinterpret_cast<u64>(&load_x87_function)));
@@ -208,6 +240,25 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     restore();
     a.pop(rax);
     jump_to_block(a);
+
+    stubs.link[vectors] = a.here();
+    a.pop(address_scratch);
+    a.load_signed32(index_scratch, address_scratch, offsetof(LinkRequest, site));
+    a.lea(index_scratch, index_scratch, address_scratch, 0, 0);
+    a.store(offsetof(Context, link_site), index_scratch);
+    a.load_word(index_scratch, address_scratch, offsetof(LinkRequest, target));
+    stubs.leave_at[vectors] = a.here();
+    a.load(address_scratch, offsetof(Context, page_base));
+    a.lea(address_scratch, address_scratch, index_scratch, 0, 0);
+    a.jump(stubs.leave[vectors]);
+
+    stubs.check_singly[vectors] = a.here();
+    a.pop(address_scratch);
+    a.lea(index_scratch, address_scratch, -1, 0, -9);  // a call and the jump's displacement
+    a.store(offsetof(Context, link_site), index_scratch);
+    a.store(offsetof(Context, wants_checks), index_scratch);
+    a.load_word(index_scratch, address_scratch, 0);
+    a.jump(stubs.leave_at[vectors]);
 
     stubs.take_back[vectors] = a.here();
     a.load(index_scratch, offsetof(Context, undo));

@@ -1,6 +1,10 @@
 // The code that every block shares: the way in, the way out, one step of the reference engine, a TLB refill.
 #pragma once
 
+#include <Zydis/Zydis.h>
+
+#include <iterator>
+
 #include "engine/translate/context.h"
 
 namespace anykvm::engine::translate {
@@ -22,9 +26,19 @@ struct Stubs {
   u8* find[vector_levels];
   /// Takes the branch Context::branch back, and leaves.
   u8* take_back[vector_levels];
-  /// Call here with a guest address in the address scratch register and FillRequest in the index scratch register.
-  /// Returns behind the call when the TLB has been refilled, else 5 bytes further. Keeps every register and the flags.
-  u8* fill;
+  /// Jump here with an offset in the page in the index scratch register: leaves to go on there.
+  u8* leave_at[vector_levels];
+  /// Call here to leave for a place in the page, telling which jump may be aimed at its block: behind the call lies a
+  /// LinkRequest.
+  u8* link[vector_levels];
+  /// Call here, right behind the jump that may be aimed at the block, to leave for a place in the page in whose block
+  /// each access is checked by itself: behind the call lies its offset, a u16.
+  u8* check_singly[vector_levels];
+  /// Call here where a look into the TLB has not found the page, with the scratch registers as that left them; behind
+  /// the call lies a RefillRequest. Goes on at its `retry` when the TLB has been refilled, else behind it. Keeps all
+  /// other registers and the flags; with flags_live RCX is restored from Context::temporary.
+  u8* refill[3][2][2];
+  static constexpr unsigned privileges = std::size(decltype(refill){});
   /// Call here to have the guest's x87 registers loaded. Returns behind the call when they are, else 5 bytes further:
   /// the guest may not use the unit now. Keeps every register and the flags.
   u8* load_x87;
@@ -35,19 +49,20 @@ struct Stubs {
 struct StepRequest {
   /// offset, next: in the page. quick: quick_step() may know it. repeats: it has a REP prefix. sees_x87: the x87
   /// registers have to be in the state. ends: it ends its block. mnemonic: ZydisMnemonic.
-  static constexpr u64 encode(unsigned offset, unsigned next, bool quick, bool repeats, bool sees_x87, bool ends,
+  static constexpr u32 encode(unsigned offset, unsigned next, bool quick, bool repeats, bool sees_x87, bool ends,
                               unsigned mnemonic) {
-    return offset | next << 13 | (repeats ? 1u << 28 : 0) | (quick ? 1u << 29 : 0) | (sees_x87 ? 1u << 30 : 0) |
-           (ends ? 1u << 31 : 0) | u64(mnemonic) << 32;
+    return offset | (next - offset) << 12 | (repeats ? 1u << 16 : 0) | (quick ? 1u << 17 : 0) |
+           (sees_x87 ? 1u << 18 : 0) | (ends ? 1u << 19 : 0) | mnemonic << 20;
   }
-  static unsigned offset(u64 request) { return request & 0x1fff; }
-  static unsigned next(u64 request) { return request >> 13 & 0x1fff; }
-  static bool repeats(u64 request) { return request >> 28 & 1; }
-  static bool quick(u64 request) { return request >> 29 & 1; }
-  static bool sees_x87(u64 request) { return request >> 30 & 1; }
-  static bool ends(u64 request) { return request >> 31 & 1; }
-  static unsigned mnemonic(u64 request) { return unsigned(request >> 32); }
+  static unsigned offset(u64 request) { return request & 0xfff; }
+  static unsigned next(u64 request) { return offset(request) + (request >> 12 & 15); }
+  static bool repeats(u64 request) { return request >> 16 & 1; }
+  static bool quick(u64 request) { return request >> 17 & 1; }
+  static bool sees_x87(u64 request) { return request >> 18 & 1; }
+  static bool ends(u64 request) { return request >> 19 & 1; }
+  static unsigned mnemonic(u64 request) { return unsigned(request >> 20); }
 };
+static_assert(ZYDIS_MNEMONIC_MAX_VALUE < 1 << 12);
 
 /// The branch that leads somewhere else, in case it must be taken back.
 struct BranchRequest {
@@ -72,13 +87,22 @@ enum class Next : u8 {
 };
 
 /// What a TLB refill is asked for.
+struct [[gnu::packed]] RefillRequest {
+  s32 retry;  ///< where the look into the TLB begins, from here
+  u8 size;
+};
+/// How Stubs::refill hands it on.
 struct FillRequest {
-  static constexpr u32 encode(unsigned size, bool write, x86::Privilege privilege) {
-    return size | (write ? 1u << 8 : 0) | unsigned(privilege) << 9;
+  static constexpr u32 encode(bool write, x86::Privilege privilege) {
+    return (write ? 1 : 0) | unsigned(privilege) << 1;
   }
-  static unsigned size(u32 request) { return request & 0xff; }
-  static bool write(u32 request) { return request >> 8 & 1; }
-  static x86::Privilege privilege(u32 request) { return x86::Privilege(request >> 9 & 3); }
+  static bool write(u32 request) { return request & 1; }
+  static x86::Privilege privilege(u32 request) { return x86::Privilege(request >> 1 & 3); }
+};
+
+struct [[gnu::packed]] LinkRequest {
+  s32 site;    ///< where the jump has its displacement, from here
+  u16 target;  ///< offset in the page
 };
 
 /// Implemented by the translator; `state` is up to date in step_function.
@@ -86,7 +110,7 @@ Next step_function(Context* context, u64 request);
 /// Compiled for general registers only: the guest's vector registers stay in place.
 /// true: Context::enter_at is the block at rip.
 bool find_function(Context* context, u64 rip, u32 request, u64 rsp);
-bool fill_function(Context* context, Gva address, u32 request);
+bool fill_function(Context* context, Gva address, u32 request, const RefillRequest* more);
 bool load_x87_function(Context* context);
 
 /// Emits them at `a`. whole_vectors: zmm registers are kept, not only ymm.

@@ -43,10 +43,10 @@ class Translation {
   struct Cold {
     enum class Kind : u8 { refill, window, step, link, back_edge, load_x87, crossing } kind;
     bool restores_rcx = false;
+    u8 size = 0;  ///< of a look into the TLB
+    bool writes = false, flags_live = false;
     u8* site = nullptr;  ///< the jump that comes here
     const u8* retry = nullptr;
-    Address address = {};
-    u32 fill = 0;
     unsigned guest = 0;  ///< instruction
     s32 target = 0;      ///< link, back_edge: offset of the target in the page
   };

@@ -30,7 +30,7 @@ class Translator final : public Engine {
   void for_each_step(void (*f)(void* arg, const char* mnemonic, u64 count), void* arg) const override;
 
   Next step_in_block(u64 request);
-  bool fill(Gva address, u32 request);
+  bool fill(Gva address, unsigned size, u32 request);
   bool find(u64 rip, u32 request, u64 rsp);
   bool find(u64 rip);
   bool load_x87();
