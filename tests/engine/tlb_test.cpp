@@ -77,10 +77,12 @@ class TlbTest : public testing::TestWithParam<Kind>, protected x86::LongMode {
       machine.put<u64>(space[s] + 3 * page_size + page * 8, (frames + (n + 2 * page) * page_size) | bits);
     current[s][page] = {n, global};
   }
-  /// Runs a snippet up to its HLT; false: it faulted.
+  /// Runs a snippet up to its HLT; false: it faulted. Code does not change, so that engines may go on with what they
+  /// know of it.
   bool run(Snippet at) {
     cpu.exit.kind = x86::ExitKind::none;
     cpu.state.rip = at;
+    engine->keep_code();
     engine->run(cpu);
     EXPECT_EQ(cpu.exit.kind, x86::ExitKind::halt);
     return cpu.state.rip < 0x6000 || cpu.state.rip >= window;
@@ -192,6 +194,33 @@ TEST_P(TlbTest, KeepsNothingThatIsToGo) {
   }
   EXPECT_GT(stale_global, 100u) << "the TLB keeps so little that nothing was tested";
   EXPECT_GT(stale_in_other_space, 100u);
+}
+
+// The same page at several addresses, each before another.
+TEST_P(TlbTest, AJumpGoesToTheNextPageOfWhereItIs) {
+  constexpr unsigned places = 4;
+  const auto place = [](unsigned n) { return window + (8 + 2 * n) * page_size; };
+  for (unsigned n = 0; n < places; ++n)
+    for (unsigned next : {0, 1})
+      machine.put<u64>(space[0] + 3 * page_size + (8 + 2 * n + next) * 8,
+                       (frames + next * (1 + n) * page_size) | keep_bits | (n & 1 || next ? pte::g : 0));
+  cpu.state.gpr[rax] = space[0];
+  ASSERT_TRUE(run(set_cr3));
+  std::mt19937_64 random(6);
+  unsigned n = 0;
+  for (unsigned tries = 0; tries < 200; ++tries) {
+    SCOPED_TRACE(tries);
+    if (random() % 4 == 0) {
+      n = unsigned(random() % places);
+      cpu.state.gpr[rax] = space[0];
+      if (random() % 4) {
+        ASSERT_TRUE(run(set_cr3));
+      }
+    }
+    cpu.state.gpr[rcx] = place(n) + (mark & ~page_mask) + to_jump;
+    ASSERT_TRUE(run(jump));
+    ASSERT_EQ(cpu.state.gpr[rdx], 1 + n);
+  }
 }
 
 TEST_P(TlbTest, InvpcidRefuses) {

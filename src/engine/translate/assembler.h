@@ -213,6 +213,16 @@ class Assembler {
     byte(0xe8);
     relative(target);
   }
+  /// jmp [rip + ...]: through what is aimed at later.
+  u8* jump_through_later() {
+    bytes(0xff, 0x25);
+    return hole();
+  }
+  /// jmp [base + index * 8]
+  void jump_through(Register base, Register index) {
+    bytes(rex(0, 0, index, base), 0xff);
+    address(4, base, 0, index, 3);
+  }
   /// A jump to be aimed later: returns the place of its 32-bit displacement.
   u8* jump_later() {
     byte(0xe9);

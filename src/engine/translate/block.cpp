@@ -218,8 +218,7 @@ void Translation::emit_native(const Guest& g, unsigned n) {
 
 void Translation::link(s32 target, bool flags_live, unsigned n) {
   if (!in_page(target)) {
-    to_page_offset(address_scratch, target);
-    indirect(n, guests_[n].what.kind == Kind::call ? 8 : 0);
+    link_to_other_page(target, n);
     return;
   }
   if (target <= s32(guests_[n].offset)) {  // a loop: look for attention
@@ -242,6 +241,40 @@ void Translation::link(s32 target, bool flags_live, unsigned n) {
     }
   }
   aim_or_link(a_.jump_later(), target, n, request_.mode);
+}
+
+/// Through the jump's Chain. Attention picks the other of its two ways: a loop has a jump back.
+void Translation::link_to_other_page(s32 target, unsigned n) {
+  to_page_offset(address_scratch, target & s32(page_mask));
+  a_.store(offsetof(Context, page_base), address_scratch);
+  Cold cold{.kind = Cold::Kind::chain, .guest = n, .target = target};
+  if (target > s32(guests_[n].offset)) {
+    cold.site = a_.jump_through_later();
+  } else {
+    static_assert(offsetof(Chain, unlinked) - offsetof(Chain, code) == 8);
+    a_.load(index_scratch, offsetof(Context, attention));
+    a_.load_from(index_scratch, index_scratch, 0, false);
+    cold.site = a_.load_address_later(address_scratch);
+    a_.jump_through(address_scratch, index_scratch);
+  }
+  add_cold(cold);
+}
+
+void Translation::emit_chain(const Cold& cold) {
+  while (u64(a_.here()) % alignof(Chain) && !a_.overflowed()) a_.byte(0xcc);
+  u8* const chain = a_.here();
+  a_.aim(cold.site);
+  const u64 unlinked = u64(chain) + sizeof(Chain);
+  a_.qword(unlinked);
+  a_.qword(unlinked);
+  to_page_offset(address_scratch, -(cold.target & s32(page_mask)));
+  a_.store(offsetof(Context, page_base), address_scratch);
+  a_.move_immediate64(index_scratch, u64(chain));
+  a_.store(offsetof(Context, chain), index_scratch);
+  to_page_offset(address_scratch, cold.target);
+  const s32 undo = guests_[cold.guest].what.kind == Kind::call ? 8 : 0;
+  a_.move_immediate32(index_scratch, BranchRequest::encode(guests_[cold.guest].offset, undo, false));
+  a_.jump(request_.stubs->find[request_.mode.vectors]);
 }
 
 /// Aims the jump at the target's code, or has it leave until there is some.
@@ -431,6 +464,10 @@ void Translation::emit_cold_step(unsigned n) {
 }
 
 void Translation::emit_cold(const Cold& cold) {
+  if (cold.kind == Cold::Kind::chain) {
+    emit_chain(cold);
+    return;
+  }
   a_.aim(cold.site);
   if (cold.restores_rcx) a_.load(x86::rcx, offsetof(Context, temporary));
   switch (cold.kind) {
@@ -467,6 +504,7 @@ void Translation::emit_cold(const Cold& cold) {
       a_.dword(u32(s32(cold.site - a_.here())));
       a_.word(u32(cold.target));
       break;
+    case Cold::Kind::chain: break;
     case Cold::Kind::back_edge:
       a_.move_immediate32(index_scratch, u32(cold.target));
       a_.jump(request_.stubs->leave_at[request_.mode.vectors]);

@@ -43,6 +43,9 @@ struct CodePage {
   u64 lines = 0;        ///< which of its 64-byte lines the blocks were made from
   u64 verified = 0;     ///< the epoch in which the copy was last compared with memory
   u64 copied = 0;       ///< and in which its other lines were taken last
+  Gva seen_at = 0;      ///< the guest address that it ran at last
+  u64 seen_in = 0;      ///< and the Translator::era() then
+  u32 moves = 0;        ///< how often it has run at two addresses in one era
 };
 
 /// Free memory of the code cache, or how far it has been used.

@@ -42,6 +42,12 @@ struct Jump {
   u64 listed;  ///< bit n: in Translator::jumps_used_[n]
 };
 
+/// Of one direct jump to another page, in the code cache: where it goes on.
+struct Chain {
+  u64 code;      ///< the target's, once it is linked
+  u64 unlinked;  ///< its own way to find the target: always so while attention is not 0
+};
+
 constexpr unsigned jump_slot(u64 rip) { return unsigned(rip >> 1) & (jump_entries - 1); }
 
 /// Of one block: groups of accesses that are checked together (windows.cpp).
@@ -82,6 +88,7 @@ struct Context {
   u64 tlb_index_bits, page_number_bits, jump_index_bits, low_bits[2];  ///< masks for PEXT; low_bits: 0x1f, 0x3f
   u64 host_stack;
   u64 link_site;  ///< the jump that led out of the code and may be aimed at the next block; 0: none
+  u64 chain;      ///< the Chain of a jump to another page that has not been linked; 0: none
   void* translator;
   Context* self;
   u64 target;  ///< a value kept while an address is checked

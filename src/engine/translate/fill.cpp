@@ -20,7 +20,14 @@ bool find_function(Context* context, u64 rip, u32 request, u64 rsp) {
 
 /// A branch to an address that is not canonical faults itself: it is taken back, and the reference engine executes it.
 bool Translator::find(u64 rip, u32 request, u64 rsp) {
-  if (cpu_->canonical(rip)) return find(rip);
+  Chain* const chain = reinterpret_cast<Chain*>(context_->chain);
+  context_->chain = 0;
+  if (cpu_->canonical(rip)) {
+    const Gva from = context_->page_base;
+    if (!find(rip)) return false;
+    if (chain) link_chain(*chain, from, rip);
+    return true;
+  }
   context_->branch = context_->page_base + BranchRequest::offset(request);
   context_->undo = u64(s64(BranchRequest::undo(request)));
   if (BranchRequest::restores(request)) {
@@ -34,14 +41,45 @@ bool Translator::find(u64 rip, u32 request, u64 rsp) {
   return true;
 }
 
-void Translator::note_jump(u64 rip, const Block& block) {
+/// Chains hold for one place of the page that they are in: where it comes to run at two, they all begin anew. Not
+/// often: a page that keeps doing so has none.
+void Translator::note_place(u64 rip, CodePage& page) {
+  constexpr u32 most_moves = 8;
+  const Gva place = rip & page_mask;
+  if (page.moves == most_moves) return;
+  if (page.seen_at == place && page.seen_in == era(true)) return;
+  if (page.seen_at != place && page.seen_in == era(page.seen_in & 1)) {
+    flush_jumps();
+    if (++page.moves == most_moves) {
+      page.seen_in = 0;
+      return;
+    }
+  }
+  page.seen_at = place;
+  page.seen_in = era(is_global(rip));
+}
+
+void Translator::link_chain(Chain& chain, Gva from, u64 rip) {
+  const x86::Privilege privilege =
+      mode_.privilege == x86::Privilege::user ? x86::Privilege::user : cpu_->system_privilege;
+  const u8* host = cpu_->mmu.find(from, 1, x86::Access::fetch, privilege);
+  const CodePage* page = host ? cache_.find_page(u64(host)) : nullptr;
+  if (!page || page->seen_at != from || page->seen_in != era(page->seen_in & 1)) return;
+  const bool global = page->seen_in & 1 && is_global(rip);
+  if (chains_used_count_[global] == std::size(chains_used_[global])) unlink_chains(global);
+  chains_used_[global][chains_used_count_[global]++] = {&chain, rip & page_mask};
+  chain.code = context_->enter_at;
+}
+
+void Translator::note_jump(u64 rip, CodePage& page, const Block& block) {
+  note_place(rip, page);
   const unsigned slot = jump_slot(rip);
   Jump& jump = context_->jumps[mode_.number()][slot];
   jump.minus_rip = -rip;
   jump.code = u64(block.code);
   jump.page_base = rip & page_mask;
   jump_pages_[jump_page_bit(rip) / 64] |= 1ull << jump_page_bit(rip) % 64;
-  const bool global = mode_.privilege != x86::Privilege::user && cpu_->mmu.is_global(rip, cpu_->system_privilege);
+  const bool global = is_global(rip);
   jump_modes_ |= 1u << mode_.number();
   if (jump.listed >> global & 1) return;
   jump.listed |= 1u << global;
@@ -65,7 +103,7 @@ bool Translator::find(u64 rip) {
   }
   const Block* block = cache_.find(u64(host), mode_.number());
   if (!block) return false;
-  note_jump(rip, *block);
+  note_jump(rip, *page, *block);
   context_->enter_at = u64(block->code);
   context_->page_base = rip & page_mask;
   return true;

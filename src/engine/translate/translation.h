@@ -41,14 +41,14 @@ class Translation {
     bool computed = false;  ///< it is in Context::target
   };
   struct Cold {
-    enum class Kind : u8 { refill, window, step, link, back_edge, load_x87, crossing } kind;
+    enum class Kind : u8 { refill, window, step, link, back_edge, load_x87, crossing, chain } kind;
     bool restores_rcx = false;
     u8 size = 0;  ///< of a look into the TLB
     bool writes = false, flags_live = false;
     u8* site = nullptr;  ///< the jump that comes here
     const u8* retry = nullptr;
     unsigned guest = 0;  ///< instruction
-    s32 target = 0;      ///< link, back_edge: offset of the target in the page
+    s32 target = 0;      ///< link, back_edge, chain: offset of the target in the page
   };
 
   void collect();
@@ -103,6 +103,8 @@ class Translation {
   /// Jumps to the step of instruction n, RCX restored from Context::temporary.
   void step_restoring_rcx(unsigned n) { step_at(a_.jump_later(), n, true); }
   void link(s32 target, bool flags_live, unsigned n);
+  void link_to_other_page(s32 target, unsigned n);
+  void emit_chain(const Cold& cold);
   void aim_or_link(u8* site, s32 target, unsigned n, Mode mode);
   void to_page_offset(Register to, s32 offset) {
     a_.load(to, offsetof(Context, page_base));

@@ -134,7 +134,17 @@ void Translator::flush_listed_jumps(bool global) {
     jump.listed &= ~(1ull << global);
   }
   jumps_used_count_[global] = 0;
+  ++eras_[global];
+  unlink_chains(global);
   context_->link_site = 0;
+}
+
+void Translator::unlink_chains(bool global) {
+  for (u32 n = 0; n < chains_used_count_[global]; ++n) {
+    Chain& chain = *chains_used_[global][n].chain;
+    chain.code = chain.unlinked;
+  }
+  chains_used_count_[global] = 0;
 }
 
 void Translator::flush_jumps() {
@@ -185,6 +195,11 @@ void Translator::flush_page(Gva page) {
     for (unsigned slot = jump_slot(page), end = slot + page_size / 2; slot < end; ++slot)
       if (jumps[slot].page_base == page) jumps[slot].minus_rip = slot == 0;
   }
+  for (unsigned global : {0, 1})
+    for (u32 n = 0; n < chains_used_count_[global]; ++n) {
+      const auto [chain, target] = chains_used_[global][n];
+      if (target == page) chain->code = chain->unlinked;
+    }
 }
 
 void Translator::refresh_segments() {
@@ -258,7 +273,10 @@ Block* Translator::block_at_rip(bool single_checks) {
       block = make_block(*page, address, single_checks);
     }
     if (block) {
-      if (!single_checks) note_jump(s.rip, *block);
+      if (!single_checks)
+        note_jump(s.rip, *page, *block);
+      else
+        note_place(s.rip, *page);
       return block;
     }
     if (page)

@@ -70,7 +70,17 @@ class Translator final : public Engine {
   void flush_page(Gva page);
   static constexpr unsigned jump_page_bits = 1u << 16;
   static constexpr unsigned jump_page_bit(Gva page) { return unsigned(page >> 12 ^ page >> 24) % jump_page_bits; }
-  void note_jump(u64 rip, const Block& block);
+  void note_jump(u64 rip, CodePage& page, const Block& block);
+  /// Code of the page is going to run at rip.
+  void note_place(u64 rip, CodePage& page);
+  bool is_global(u64 rip) const {
+    return mode_.privilege != x86::Privilege::user && cpu_->mmu.is_global(rip, cpu_->system_privilege);
+  }
+  /// Between two of them the jump cache has been emptied, as far as it had jumps to global pages or to others.
+  u64 era(bool global) const { return eras_[global] * 2 + global; }
+  /// Has the chain of a jump in the page at `from` go to the block, which find() has found at rip.
+  void link_chain(Chain& chain, Gva from, u64 rip);
+  void unlink_chains(bool global);
   void refresh_segments();
   /// The block for RIP, made when there is none; nullptr where only the reference engine can go on.
   Block* block_at_rip(bool single_checks);
@@ -134,10 +144,15 @@ class Translator final : public Engine {
     u16 entries[2048];  ///< some more than once
   };
   TlbUse tlb_used_[2];  ///< [1]: of global pages
-  u32 jumps_used_count_[2] = {};
+  u32 jumps_used_count_[2] = {}, chains_used_count_[2] = {};
+  u64 eras_[2] = {1, 1};
   u64 jump_pages_[jump_page_bits / 64] = {};  ///< of which pages the jump cache may have targets: one hashed bit each
   u32 jump_modes_ = 0;                        ///< and in which modes
   u32 jumps_used_[2][Mode::count * jump_entries];  ///< [1]: whose pages are global
+  struct LinkedChain {
+    Chain* chain;
+    Gva page;                   ///< of its target
+  } chains_used_[2][1u << 15];  ///< [1]: from global pages to global pages
 };
 
 }  // namespace anykvm::engine::translate
