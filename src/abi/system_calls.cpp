@@ -29,12 +29,14 @@ long check_system_extension(const Call& call) { return capability_value(call.arg
 long create_vm(const Call& call) {
   os::install_fault_handlers();
   // The descriptor first: without one there is no VM to take back.
-  const int fd = create_descriptor_file("kvm-vm", FdKind::vm);
+  const int fd = create_descriptor_file("kvm-vm", FdKind::vm, stats_page_size);
   if (fd < 0) return fd;
+  os::Mapping stats(fd, stats_page_size);
   std::shared_ptr<vm::Vm> machine;
-  int error = vm::Vm::create(call.arg, machine);
+  int error = stats.data() ? vm::Vm::create(call.arg, machine) : -ENOMEM;
   if (error >= 0) {
     vm::Vm* const vm = machine.get();
+    vm->publish_stats(std::move(stats));
     error = install_descriptor(fd, {FdKind::vm, vm, nullptr, std::make_shared<VmFile>(std::move(machine))});
   }
   if (error < 0) {

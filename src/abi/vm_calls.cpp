@@ -22,15 +22,19 @@ long create_vcpu(const Call& call) {
   const u32 id = static_cast<u32>(call.arg);
   char name[32];
   std::snprintf(name, sizeof name, "kvm-vcpu:%u", id);
-  const int fd = create_descriptor_file(name, FdKind::vcpu, vcpu_mmap_size);
+  const int fd = create_descriptor_file(name, FdKind::vcpu, vcpu_mmap_size + stats_page_size);
   if (fd < 0) return fd;
 
   VmFile::VcpuFile file;
   file.run = os::Mapping(fd, vcpu_mmap_size);
+  os::Mapping stats(fd, stats_page_size, vcpu_mmap_size);
   // Published under the lock, so that the vCPU is kept from the moment its number means something.
   const std::lock_guard lock(call.file->mutex);
   call.file->vcpus.reserve(call.file->vcpus.size() + 1);  // the last thing that can fail
-  int error = file.run.data() ? call.vm->create_vcpu(id, static_cast<kvm_run*>(file.run.data()), file.vcpu) : -ENOMEM;
+  int error = file.run.data() && stats.data()
+                  ? call.vm->create_vcpu(id, static_cast<kvm_run*>(file.run.data()), file.vcpu)
+                  : -ENOMEM;
+  if (error >= 0) file.vcpu->publish_stats(std::move(stats));
   if (error >= 0) error = install_descriptor(fd, {FdKind::vcpu, call.vm, file.vcpu.get(), call.file});
   if (error < 0) {
     os::close_file(fd);

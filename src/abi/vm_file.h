@@ -7,6 +7,7 @@
 #include <mutex>
 #include <vector>
 
+#include "abi/statistics.h"
 #include "os/memory_file.h"
 
 namespace anykvm::vm {
@@ -19,7 +20,10 @@ class Vcpu;
 namespace anykvm::abi {
 
 struct VmFile {
-  explicit VmFile(std::shared_ptr<vm::Vm> machine) : vm(std::move(machine)) {}
+  explicit VmFile(std::shared_ptr<vm::Vm> machine) : vm(std::move(machine)) { begin_statistics(*this); }
+  ~VmFile() { end_statistics(*this); }
+  VmFile(const VmFile&) = delete;
+  VmFile& operator=(const VmFile&) = delete;
 
   /// The order of destruction: first the vCPU, then the kvm_run pages that it points to; after all of them the VM.
   struct VcpuFile {

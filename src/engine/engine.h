@@ -32,6 +32,9 @@ class Engine {
 
   virtual const char* name() const = 0;
 
+  /// How many blocks of guest code it has translated.
+  virtual u64 translations() const { return 0; }
+
   /// Calls f(arg, mnemonic, count) for each instruction that the reference engine has executed in a faster engine's
   /// place, and how often; "" stands for those that it was given without a look at them. Any thread; the counts may be
   /// a little old.

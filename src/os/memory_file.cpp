@@ -23,8 +23,8 @@ int create_memory_file(const char* name, std::size_t size) {
 
 void close_file(int fd) { syscall(SYS_close, fd); }
 
-Mapping::Mapping(int fd, std::size_t size) {
-  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+Mapping::Mapping(int fd, std::size_t size, std::size_t offset) {
+  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(offset));
   if (data != MAP_FAILED) data_ = data, size_ = size;
 }
 

@@ -17,8 +17,8 @@ void close_file(int fd);
 class Mapping {
  public:
   Mapping() = default;
-  /// Maps [0, size) of fd for reading and writing; on failure data() is nullptr and errno says why.
-  Mapping(int fd, std::size_t size);
+  /// Maps [offset, offset + size) of fd for reading and writing; on failure data() is nullptr and errno says why.
+  Mapping(int fd, std::size_t size, std::size_t offset = 0);
   Mapping(Mapping&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   Mapping& operator=(Mapping&& other) noexcept {

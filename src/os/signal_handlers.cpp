@@ -21,6 +21,7 @@ struct Entry {
   std::atomic<u32> sequence{0};
   struct sigaction client {};
   std::atomic<FaultHandler> fault_handler{nullptr};
+  void (*unused_handler)(int) = nullptr;  ///< take_unused_signal()'s
 };
 
 constinit Entry entries[NSIG];
@@ -194,8 +195,14 @@ void claim_fault_signal(int signal, FaultHandler handler) {
   __sigaction(signal, &ours, nullptr);
 }
 
-int libc_sigaction(int signal, const struct sigaction* action, struct sigaction* old) {
-  return __sigaction(signal, action, old);
+bool take_unused_signal(int signal, void (*handler)(int)) {
+  ChangeLock lock;
+  struct sigaction before, ours{};
+  if (__sigaction(signal, nullptr, &before) != 0 || before.sa_handler != SIG_DFL) return false;
+  entries[signal].unused_handler = handler;
+  ours.sa_handler = handler;
+  ours.sa_flags = SA_RESTART;
+  return __sigaction(signal, &ours, nullptr) == 0;
 }
 
 namespace {
@@ -228,6 +235,8 @@ int interposed_sigaction(int signal, const struct sigaction* action, struct siga
         set_client_action(entry, client);
       else if (previous.sa_sigaction == SignalTrampoline::run)
         previous = client;
+      else if (entry.unused_handler && previous.sa_handler == entry.unused_handler)
+        previous = {};
     }
   }
   if (result == 0 && old) *old = previous;

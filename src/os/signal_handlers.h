@@ -49,7 +49,8 @@ class SignalHold {
 using FaultHandler = bool (*)(int signal, siginfo_t* info, void* context);
 void claim_fault_signal(int signal, FaultHandler handler);
 
-/// libc's own, past the interposition.
-int libc_sigaction(int signal, const struct sigaction* action, struct sigaction* old);
+/// Installs a handler of the library's own for a signal that the client leaves at its default action, which is what the
+/// client goes on seeing; a handler of the client's replaces it. false: the client has one, or ignores the signal.
+bool take_unused_signal(int signal, void (*handler)(int));
 
 }  // namespace anykvm::os

@@ -9,6 +9,7 @@
 #include "tools/info.h"
 #include "tools/options.h"
 #include "tools/run.h"
+#include "tools/top.h"
 #include "vmm/boot.h"
 
 namespace anykvm::tools {
@@ -97,7 +98,7 @@ int run_boot(const BootArguments& arguments) {
   options.machine.cpus = arguments.cpus;
   for (const std::string& disk : arguments.disks) options.machine.disks.push_back(parse_disk(disk));
   options.machine.network = arguments.network == "user";
-  if (!arguments.timeout.empty()) options.timeout = parse_duration(arguments.timeout);
+  if (!arguments.timeout.empty()) options.timeout = parse_duration("--timeout", arguments.timeout);
   options.quiet = arguments.quiet;
   return vmm::boot(open_engine(choose_engine(arguments.engine)), options);
 }
@@ -105,12 +106,30 @@ int run_boot(const BootArguments& arguments) {
 void describe_run(CLI::App& command, RunOptions& options) {
   add_engine_option(command, options.engine)->envname("ANYKVM_ENGINE");
   command.add_flag("--quiet", options.quiet, "Do not say on a terminal which KVM the program gets");
+  command.add_flag(
+      "--stats", options.statistics,
+      "Print each VM's counters on stderr when it ends, and on SIGUSR2 to a program that has no handler for it");
   command.prefix_command();
   command.footer(
       "anykvm run [OPTIONS] -- PROGRAM ARGS... runs an unmodified KVM client, such as qemu-system-x86_64 -accel kvm,\n"
       "and all that it starts, with this KVM behind /dev/kvm.\n"
       "Exit codes: the program's; 64 usage, 69 a program that LD_PRELOAD does not reach (statically linked, setuid,\n"
       "not 64-bit), 126 one that cannot be executed, 127 one that is not there.");
+}
+
+struct TopArguments {
+  std::string interval = "1";
+  TopOptions options;
+};
+
+void describe_top(CLI::App& command, TopArguments& arguments) {
+  command.add_option("--interval", arguments.interval, "Time between two tables")
+      ->type_name("S")
+      ->capture_default_str();
+  command.add_option("--count", arguments.options.tables, "End after so many tables; 0: go on until Ctrl-C")
+      ->type_name("N")
+      ->capture_default_str();
+  command.add_flag("--vcpus", arguments.options.each_vcpu, "A line for each vCPU, too");
 }
 
 /// The command line up to the first "--" is ours to parse, unless the program's name came before it.
@@ -146,6 +165,10 @@ int run(int argc, char** argv) {
   RunOptions run_options;
   CLI::App& run_command = *app.add_subcommand("run", "Run a KVM client, such as QEMU, with this KVM as its /dev/kvm");
   describe_run(run_command, run_options);
+  TopArguments top_arguments;
+  CLI::App& top_command =
+      *app.add_subcommand("top", "Show what the virtual CPUs of your processes do, second by second");
+  describe_top(top_command, top_arguments);
   const bool runs = argc > 1 && std::string_view(argv[1]) == "run";
   const int parsed = runs ? static_cast<int>(std::find(argv, argv + argc, std::string_view("--")) - argv) : argc;
   try {
@@ -156,7 +179,11 @@ int run(int argc, char** argv) {
       run_options.program = program_of(run_command, parsed, argc, argv);
       return run_program(run_options);
     }
-    throw CLI::RequiredError("A command, boot, info or run,");
+    if (top_command.parsed()) {
+      top_arguments.options.interval = parse_duration("--interval", top_arguments.interval);
+      return top(top_arguments.options);
+    }
+    throw CLI::RequiredError("A command, boot, info, run or top,");
   } catch (const CLI::Success& request) {  // --help, --version
     return app.exit(request);
   } catch (const CLI::Error& error) {

@@ -31,7 +31,7 @@ u64 parse_memory(const std::string& text) {
   return number << shift;
 }
 
-std::chrono::nanoseconds parse_duration(const std::string& text) {
+std::chrono::nanoseconds parse_duration(const std::string& option, const std::string& text) {
   double number = 0;
   const char* end = text.data() + text.size();
   const auto [rest, error] = std::from_chars(text.data(), end, number);
@@ -39,7 +39,7 @@ std::chrono::nanoseconds parse_duration(const std::string& text) {
   const double scale = unit.empty() || unit == "s" ? 1 : unit == "m" ? 60 : 0;
   constexpr double most_seconds = 1e9;
   if (error != std::errc{} || scale == 0 || !std::isfinite(number) || number <= 0 || number * scale > most_seconds)
-    throw CLI::ValidationError("--timeout", "'" + text + "' is not a time in seconds above zero, such as 60");
+    throw CLI::ValidationError(option, "'" + text + "' is not a time in seconds above zero, such as 60");
   return std::chrono::nanoseconds(static_cast<s64>(number * scale * 1e9));
 }
 

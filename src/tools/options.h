@@ -13,7 +13,7 @@ namespace anykvm::tools {
 /// "512M", "2G", "65536K"; a bare number is MiB. In bytes.
 u64 parse_memory(const std::string& text);
 /// "30", "1.5", "30s", "5m". More than zero.
-std::chrono::nanoseconds parse_duration(const std::string& text);
+std::chrono::nanoseconds parse_duration(const std::string& option, const std::string& text);
 /// "FILE" or "FILE,ro".
 vmm::DiskOption parse_disk(const std::string& text);
 

@@ -90,6 +90,7 @@ int run_program(const RunOptions& options) {
   std::string preloads = other_preloads();
   if (choice.host) {
     announce(options, fmt::format("/dev/kvm is the host's ({})", choice.reason));
+    if (options.statistics) fmt::print(stderr, "anykvm: there are no statistics of the host's KVM\n");
     preloads.empty() ? unsetenv("LD_PRELOAD") : setenv("LD_PRELOAD", preloads.c_str(), 1);
     return execute(found.path, options.program);
   }
@@ -106,6 +107,7 @@ int run_program(const RunOptions& options) {
   setenv("LD_PRELOAD", (library + (preloads.empty() ? "" : ":") + preloads).c_str(), 1);
   setenv("ANYKVM_ENGINE", choice.name.c_str(), 1);
   setenv("ANYKVM_QUIET", "1", 1);  // it has been said, or was not wanted
+  if (options.statistics) setenv("ANYKVM_STATS", "1", 1);
   return execute(found.path, options.program);
 }
 

@@ -9,6 +9,7 @@ namespace anykvm::tools {
 struct RunOptions {
   std::string engine = "auto";       ///< as choose_engine() takes it
   bool quiet = false;                ///< no announcement
+  bool statistics = false;           ///< abi/statistics.h
   std::vector<std::string> program;  ///< and its arguments; not empty
 };
 

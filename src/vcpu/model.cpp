@@ -256,10 +256,16 @@ int Vcpu::set_vapic_addr(u64 address) {
 /// As on a CPU that virtualises the TPR: the guest reaches it without an exit, so that there is none to report.
 int Vcpu::tpr_access_reporting(kvm_tpr_access_ctl& control) { return control.flags ? -EINVAL : 0; }
 
+namespace {
+std::string stats_id(u32 id) { return "kvm-" + std::to_string(getpid()) + "/vcpu-" + std::to_string(id); }
+}  // namespace
+
 int Vcpu::get_stats_fd() {
   std::lock_guard lock(mutex_);
-  return stats_.open("kvm-" + std::to_string(getpid()) + "/vcpu-" + std::to_string(id_));
+  return stats_.open(stats_id(id_));
 }
+
+void Vcpu::publish_stats(os::Mapping page) { stats_.publish(std::move(page), stats_id(id_)); }
 
 int Vcpu::enable_cap(const kvm_enable_cap& cap) {
   std::lock_guard lock(mutex_);

@@ -146,8 +146,15 @@ int Vcpu::enter_guest() {
 
   cpu_.exit.kind = ExitKind::none;
   if (!guarded([this] { enter_guarded(); })) return run_refused();
-  stats_.add(VcpuStat::exits);
+  count_engine();
   return handle_exit();
+}
+
+void Vcpu::count_engine() {
+  stats_.add(VcpuStat::exits);
+  stats_.set(VcpuStat::insn_emulation, cpu_.instructions);
+  stats_.set(VcpuStat::page_walks, cpu_.mmu.walks);
+  stats_.set(VcpuStat::translations, engine_->translations());
 }
 
 /// The host did not let the guest's memory be accessed.

@@ -95,6 +95,8 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int tpr_access_reporting(kvm_tpr_access_ctl& control);
   int enable_cap(const kvm_enable_cap& cap);
   int get_stats_fd();  ///< a new descriptor
+  void publish_stats(os::Mapping page);
+  const vm::VcpuStats& stats() const { return stats_; }
 
   // --- any thread -------------------------------------------------------------------------------------------------
   /// Has the vCPU forget every host pointer into guest memory; returns when it has, or will before it uses one.
@@ -153,6 +155,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   int exit_hypercall();
   int exit_internal_error();
   int run_refused();
+  void count_engine();
   int sync_regs_in();
   void sync_regs_out();
   void save_run_state();

@@ -38,8 +38,11 @@ const StatDescription vcpu_stats[] = {
     {"hypercalls", counter},
     {"irq_injections", counter},
     {"nmi_injections", counter},
+    {"insn_emulation", counter},
     {"insn_emulation_fail", counter},
     {"tlb_flush", counter},
+    {"page_walks", counter},
+    {"translations", counter},
 };
 
 StatsFile::~StatsFile() {
@@ -56,25 +59,19 @@ int StatsFile::open(const std::string& id) {
   return reader < 0 ? -errno : reader;
 }
 
-int StatsFile::create(const std::string& id) {
+std::size_t StatsFile::image_size() const {
+  return sizeof(kvm_stats_header) + name_size + descriptions_.size() * (descriptor_size + sizeof(u64));
+}
+
+u64* StatsFile::write_image(u8* image, const std::string& id) const {
   const u32 count = static_cast<u32>(descriptions_.size());
   kvm_stats_header header{.name_size = name_size, .num_desc = count, .id_offset = sizeof header};
   header.desc_offset = header.id_offset + name_size;
   header.data_offset = header.desc_offset + count * descriptor_size;
-  const std::size_t size = header.data_offset + count * sizeof(u64);
-
-  const int fd = os::create_memory_file("kvm-stats", size);
-  if (fd < 0) return fd;
-  os::Mapping mapping(fd, size);
-  if (!mapping.data()) {
-    os::close_file(fd);
-    return -ENOMEM;
-  }
-  u8* const file = static_cast<u8*>(mapping.data());
-  std::memcpy(file, &header, sizeof header);
-  std::memcpy(file + header.id_offset, id.data(), std::min<std::size_t>(id.size(), name_size - 1));
+  std::memcpy(image, &header, sizeof header);
+  std::memcpy(image + header.id_offset, id.data(), std::min<std::size_t>(id.size(), name_size - 1));
   for (u32 i = 0; i < count; ++i) {
-    u8* const at = file + header.desc_offset + i * descriptor_size;
+    u8* const at = image + header.desc_offset + i * descriptor_size;
     const StatDescription& description = descriptions_[i];
     const kvm_stats_desc descriptor{.flags = description.flags,
                                     .exponent = description.exponent,
@@ -83,12 +80,29 @@ int StatsFile::create(const std::string& id) {
     std::memcpy(at, &descriptor, sizeof descriptor);
     std::strncpy(reinterpret_cast<char*>(at) + sizeof descriptor, description.name, name_size - 1);
   }
-  u64* const values = reinterpret_cast<u64*>(file + header.data_offset);
+  u64* const values = reinterpret_cast<u64*>(image + header.data_offset);
   std::copy_n(values_, count, values);
-  values_ = values;
-  mapping_ = std::move(mapping);
+  return values;
+}
+
+int StatsFile::create(const std::string& id) {
+  const std::size_t size = image_size();
+  const int fd = os::create_memory_file("kvm-stats", size);
+  if (fd < 0) return fd;
+  os::Mapping mapping(fd, size);
+  if (!mapping.data()) {
+    os::close_file(fd);
+    return -ENOMEM;
+  }
+  in_file_ = write_image(static_cast<u8*>(mapping.data()), id);
+  file_ = std::move(mapping);
   fd_ = fd;
   return 0;
+}
+
+void StatsFile::publish(os::Mapping page, const std::string& id) {
+  values_ = write_image(static_cast<u8*>(page.data()), id);
+  page_ = std::move(page);
 }
 
 }  // namespace anykvm::vm

@@ -1,8 +1,9 @@
 // Counters of a VM or a vCPU, and the file in which a client reads them (KVM_GET_STATS_FD).
 // Reference: api.rst 4.133 KVM_GET_STATS_FD.
 //
-// The file is a memfd: header, descriptors and the counters themselves, which are counted there from the first
-// KVM_GET_STATS_FD on. So reading them is read(2) or pread(2) as with the kernel's file, and needs nobody's help.
+// The file is a memfd: header, descriptors and the counters themselves, which are counted there, too, from the first
+// KVM_GET_STATS_FD on. So reading them is read(2) or pread(2) as with the kernel's file, and needs nobody's help. The
+// same lies in a page of the vCPU's or VM's own memfd, where `anykvm top` finds it.
 #pragma once
 
 #include <array>
@@ -36,8 +37,11 @@ enum class VcpuStat : u8 {
   hypercalls,
   irq_injections,
   nmi_injections,
+  insn_emulation,  ///< instructions that the reference engine executed: all of them when it is the engine
   insn_emulation_fail,
   tlb_flush,
+  page_walks,
+  translations,  ///< blocks that the translator has made
   count
 };
 extern const StatDescription vcpu_stats[unsigned(VcpuStat::count)];
@@ -51,21 +55,33 @@ class StatsFile {
 
   /// A new descriptor of the file, read-only and close-on-exec; -errno. id names the object, as "kvm-PID".
   int open(const std::string& id);
+  /// From now on the counters are in this page, in the file's format. Before anybody counts.
+  void publish(os::Mapping page, const std::string& id);
+  /// Any thread.
+  u64 value(unsigned index) const { return __atomic_load_n(&values_[index], __ATOMIC_RELAXED); }
 
  protected:
   static constexpr unsigned max_stats = 32;
   explicit StatsFile(std::span<const StatDescription> descriptions) : descriptions_(descriptions) {}
 
   void count(unsigned index, u64 amount) { store(index, values_[index] + amount); }
-  void store(unsigned index, u64 value) { __atomic_store_n(&values_[index], value, __ATOMIC_RELAXED); }
+  void store(unsigned index, u64 value) {
+    __atomic_store_n(&values_[index], value, __ATOMIC_RELAXED);
+    if (in_file_) [[unlikely]]
+      __atomic_store_n(&in_file_[index], value, __ATOMIC_RELAXED);
+  }
 
  private:
   int create(const std::string& id);
+  std::size_t image_size() const;
+  /// Writes the whole file; where the counters are in it.
+  u64* write_image(u8* image, const std::string& id) const;
 
   const std::span<const StatDescription> descriptions_;
   std::array<u64, max_stats> own_{};
   u64* values_ = own_.data();
-  os::Mapping mapping_;
+  u64* in_file_ = nullptr;
+  os::Mapping page_, file_;
   int fd_ = -1;
 };
 

@@ -349,10 +349,16 @@ void Vm::disable_quirks(u64 disabled) {
     if (const std::shared_ptr<vcpu::Vcpu> vcpu = member.vcpu.lock()) vcpu->set_disabled_quirks(disabled_quirks_);
 }
 
+namespace {
+std::string stats_id() { return "kvm-" + std::to_string(getpid()); }
+}  // namespace
+
 int Vm::get_stats_fd() {
   std::lock_guard lock(stats_mutex_);
-  return stats_.open("kvm-" + std::to_string(getpid()));
+  return stats_.open(stats_id());
 }
+
+void Vm::publish_stats(os::Mapping page) { stats_.publish(std::move(page), stats_id()); }
 
 /// No kind of device is made this way on x86 but VFIO's file, which this is built without.
 int Vm::create_device(const kvm_create_device&) { return -ENODEV; }

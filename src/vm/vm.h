@@ -102,6 +102,8 @@ class Vm : public std::enable_shared_from_this<Vm> {
   int enable_cap(const kvm_enable_cap& cap);
   int x86_set_msr_filter(const kvm_msr_filter& filter);
   int get_stats_fd();  ///< a new descriptor
+  void publish_stats(os::Mapping page);
+  const VmStats& stats() const { return stats_; }
   int create_device(const kvm_create_device& device);
 
   // --- for the vCPUs --------------------------------------------------------------------------------------------

@@ -317,6 +317,30 @@ static void handler(void) {
   end_machine(m);
 }
 
+/* Until it is told to end. */
+static void linger(void) {
+  static const unsigned char code[] = {0xe4, 0x20, 0xeb, 0xfc}; /* again: in al, 0x20; jmp again */
+  struct machine m = new_machine(code, sizeof code);
+  signalled = m.run;
+  struct sigaction action = {.sa_handler = on_signal};
+  CHECK(sigaction(SIGTERM, &action, NULL) == 0);
+  CHECK(puts("lingering") >= 0 && fflush(stdout) == 0);
+  while (!signals) ioctl(m.vcpu, KVM_RUN, 0);
+}
+
+/* SIGUSR2 is the client's. */
+static void own_usr2(void) {
+  static const unsigned char code[] = {0xf4};
+  struct sigaction action = {.sa_handler = on_signal}, old;
+  CHECK(sigaction(SIGUSR2, NULL, &old) == 0 && old.sa_handler == SIG_DFL);
+  struct machine m = new_machine(code, sizeof code);
+  signalled = m.run;
+  CHECK(sigaction(SIGUSR2, NULL, &old) == 0 && old.sa_handler == SIG_DFL);
+  CHECK(sigaction(SIGUSR2, &action, &old) == 0 && old.sa_handler == SIG_DFL);
+  CHECK(raise(SIGUSR2) == 0 && signals == 1);
+  CHECK(close(m.vm) == 0 && raise(SIGUSR2) == 0 && signals == 2);
+}
+
 /* A handler that libc does not know of is left alone, and ends KVM_RUN by what it sets. */
 __asm__("restore_signal: mov $15, %eax; syscall");
 extern void restore_signal(void);
@@ -515,6 +539,8 @@ int main(int count, char** arguments) {
                {"exec", exec},
                {"inherited", inherited},
                {"heir", heir},
+               {"linger", linger},
+               {"own_usr2", own_usr2},
                {"passed", passed},
                {"errors", errors},
                {"foreign", foreign},

@@ -38,6 +38,37 @@ def on_terminal(line):
     return text.decode().splitlines()
 
 
+def check_statistics(command, software, client):
+    line = [*software, "--stats", "--", client, "linger"]
+    program = subprocess.Popen([str(part) for part in line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        check(program.stdout.readline() == "lingering\n", "the client does not come up")
+        result = run([command, "top", "--interval", "0.3", "--count", "2", "--vcpus"])
+        rows = [line.split() for line in result.stdout.splitlines()]
+        titles = rows[0][rows[0].index("vCPUs"):]
+        mine = [row[row.index("1"):] for row in rows if row[0] == str(program.pid)]
+        check(len(mine) == 2, "`anykvm top` does not show the process in each table", result)
+        rates = dict(zip(titles, mine[1]))
+        check(int(rates["io"]) > 1000 and rates["mmio"] == "0", "`anykvm top` does not count", result)
+        check(any(row[0] == "vcpu-0" for row in rows), "`anykvm top --vcpus` shows none", result)
+
+        program.send_signal(signal.SIGUSR2)
+        first = program.stderr.readline()
+        check(f"kvm-{program.pid}, 1 vCPUs, interpret" in first, "SIGUSR2 prints no statistics", first)
+        program.terminate()
+        rest = program.stderr.read()
+        program.wait(60)
+    finally:
+        program.kill()
+    check(program.returncode == 0, "the client does not end in good order", rest)
+    check(rest.count(f"kvm-{program.pid}") == 1 and rest.count("  io_exits ") == 2, "no statistics at the end", rest)
+    check("mmio" not in rest, "statistics of what did not happen", rest)
+
+    result = run([*software, "--stats", "--", client, "own_usr2"])
+    check(result.returncode == 0 and "halt_exits" not in result.stdout, "SIGUSR2 of the client's own", result)
+    check(run([*software, "--stats", "--", client, "fork"]).stderr.count("anykvm: kvm-") == 2, "a forked child's statistics")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--anykvm", required=True, type=pathlib.Path)
@@ -84,6 +115,7 @@ def main():
         check(result.returncode == 69 and "libanykvm-preload.so" in result.stderr, "a command without its library", result)
 
     software = [*anykvm, "--engine", "interpret"]
+    check_statistics(options.anykvm.resolve(), software, client)
     told = on_terminal([*software, "--", "sh", "-c", f"{client} run; {client} run"])
     check(len(told) == 1 and "software engine interpret" in told[0], "a terminal is told once", told)
     told = on_terminal([*software, "--quiet", "--", client, "run"])

@@ -63,7 +63,7 @@ TEST_F(CommandTest, HelpAndVersion) {
 }
 
 TEST_F(CommandTest, UsageErrorsAreOneLine) {
-  expect_usage_error("", "boot, info or run");
+  expect_usage_error("", "boot, info, run or top");
   expect_usage_error("fly", "fly");
   expect_usage_error("boot", "--kernel");
   expect_usage_error("boot --kernel k --no-such-option", "--no-such-option");
@@ -89,6 +89,8 @@ TEST_F(CommandTest, UsageErrorsAreOneLine) {
   expect_usage_error("boot --kernel k --disk ,ro", "--disk");
   expect_usage_error("boot --kernel k -- stray", "stray");
   expect_usage_error("info --jason", "--jason");
+  expect_usage_error("top --interval soon", "soon");
+  expect_usage_error("top --count -1", "--count");
   expect_usage_error("run", "program");
   expect_usage_error("run --", "program");
   expect_usage_error("run --fast -- true", "--fast");
@@ -152,7 +154,7 @@ struct RunTest : CommandTest {
 TEST_F(RunTest, HelpSaysWhatTheExitCodesMean) {
   const auto help = run("run --help");
   EXPECT_EQ(help.status, 0);
-  for (const char* part : {"--engine", "--quiet", "-- PROGRAM", "69", "126", "127"})
+  for (const char* part : {"--engine", "--quiet", "--stats", "-- PROGRAM", "69", "126", "127"})
     EXPECT_THAT(help.output, HasSubstr(part));
 }
 

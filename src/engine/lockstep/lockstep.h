@@ -21,6 +21,7 @@ class Lockstep final : public Engine {
   void step(x86::Cpu& cpu) override;
   void abandon() override;
   const char* name() const override { return "lockstep"; }
+  u64 translations() const override { return translator_.translations(); }
 
   struct Counts {
     u64 instructions = 0;  ///< compared

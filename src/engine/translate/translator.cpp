@@ -236,6 +236,7 @@ Block* Translator::make_block(CodePage& page, u64 address, bool single_checks, c
   u8* const code = cache_.room().hot;
   const BlockCode made = translate_block(request, cache_.room(), cache_.room_end());
   if (!made.end.hot) return nullptr;
+  ++translations_;
   if (supervision_) supervision_->made(supervision_->arg, code, code + made.code_bytes);
   return cache_.add(page, address, block_mode(single_checks && !rest), made.end, made.code_bytes, made.places,
                     made.instructions, made.lines);

@@ -27,6 +27,7 @@ class Translator final : public Engine {
   const char* name() const override { return exact_ ? "translate-exact" : "translate"; }
 
   void abandon() override;
+  u64 translations() const override { return translations_; }
   void for_each_step(void (*f)(void* arg, const char* mnemonic, u64 count), void* arg) const override;
 
   Next step_in_block(u64 request);
@@ -128,6 +129,7 @@ class Translator final : public Engine {
   const Supervision* supervision_ = nullptr;
   unsigned block_limit_ = most_instructions;
   bool in_run_ = false;
+  u64 translations_ = 0;
   bool keep_code_ = false;
   SharedCode shared_;
   const bool host_has_all_vectors_ = x86::supports(x86::Feature::avx512bw);
