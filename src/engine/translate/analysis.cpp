@@ -143,6 +143,7 @@ bool registers_fit(const GuestInstruction& g) {
     if (!reg.is_overwritten) needed |= 1u << reg.number;
     high_byte |= reg.is_high && reg.field != Field::implicit;
   }
+  if (!(seen >> 13) && !high_byte) return true;
   const unsigned spilled = unsigned(std::popcount(seen >> 13));
   if (high_byte && (spilled || (!g.has_memory && seen >> x86::rsp & 1))) return false;  // AH-DH exclude REX
   // The second has the register that the address is made of.

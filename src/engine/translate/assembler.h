@@ -1,6 +1,7 @@
 // Appends x86-64 machine code to a buffer: the few instructions that the translator adds around the guest's own.
 #pragma once
 
+#include <cstddef>
 #include <cstring>
 
 #include "x86/types.h"
@@ -23,25 +24,26 @@ class Assembler {
   u8* here() const { return at_; }
   bool overflowed() const { return overflowed_; }
 
-  void byte(unsigned value) {
-    if (at_ == end_) {
-      overflowed_ = true;
-      return;
-    }
-    *at_++ = u8(value);
-  }
+  void byte(unsigned value) { append(u8(value)); }
+  /// Up to eight.
   template <class... T>
   void bytes(T... values) {
-    (byte(unsigned(values)), ...);
+    static_assert(sizeof...(T) <= sizeof(u64));
+    u64 word = 0;
+    unsigned shift = 0;
+    ((word |= u64(u8(values)) << shift, shift += 8), ...);
+    append_word(word, sizeof...(T));
   }
-  void word(u32 value) { bytes(value & 0xff, value >> 8 & 0xff); }
-  void dword(u32 value) {
-    for (unsigned shift = 0; shift < 32; shift += 8) byte(value >> shift & 0xff);
+  void word(u32 value) { append(u16(value)); }
+  void dword(u32 value) { append(value); }
+  void qword(u64 value) { append(value); }
+  /// Where up to `most` bytes may be put before advance(); nullptr: there is no room.
+  u8* reserve(unsigned most) {
+    if (end_ - at_ >= std::ptrdiff_t(most)) return at_;
+    overflowed_ = true;
+    return nullptr;
   }
-  void qword(u64 value) {
-    dword(u32(value));
-    dword(u32(value >> 32));
-  }
+  void advance(u8* to) { at_ = to; }
 
   // --- register to register
   // -------------------------------------------------------------------------------------------
@@ -74,8 +76,7 @@ class Assembler {
 
   /// lea to, [base + index * 2^shift + displacement]; flags stay. index < 0: none. base < 0: none.
   void lea(Register to, int base, int index, unsigned shift, s32 displacement, bool wide = true) {
-    byte(rex(wide, to, index, base));
-    byte(0x8d);
+    bytes(rex(wide, to, index, base), 0x8d);
     if (base >= 0) {
       address(to, Register(base), displacement, index, shift);
       return;
@@ -93,20 +94,14 @@ class Assembler {
   // --- the context, through the GS base
   // -------------------------------------------------------------------------------
   /// op reg, gs:[offset + index * 2^shift]
-  void context_op(std::initializer_list<u8> opcode, Register reg, u32 offset, int index = -1, unsigned shift = 0,
-                  bool wide = true) {
-    byte(0x65);
-    byte(rex(wide, reg, index, 0));
-    for (u8 b : opcode) byte(b);
-    byte((reg & 7) << 3 | 4);
-    byte(shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | 5);
+  void context_op(u8 opcode, Register reg, u32 offset, int index = -1, unsigned shift = 0, bool wide = true) {
+    bytes(0x65, rex(wide, reg, index, 0), opcode, (reg & 7) << 3 | 4,
+          shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | 5);
     dword(offset);
   }
-  void load(Register to, u32 offset, int index = -1, unsigned shift = 0) {
-    context_op({0x8b}, to, offset, index, shift);
-  }
+  void load(Register to, u32 offset, int index = -1, unsigned shift = 0) { context_op(0x8b, to, offset, index, shift); }
   void store(u32 offset, Register from, int index = -1, unsigned shift = 0) {
-    context_op({0x89}, from, offset, index, shift);
+    context_op(0x89, from, offset, index, shift);
   }
   /// 64 bits, the value sign-extended, or 32.
   void store_immediate(u32 offset, u32 value, bool wide) {
@@ -122,8 +117,8 @@ class Assembler {
     dword(offset);
     byte(value);
   }
-  void add(Register to, u32 offset, int index = -1) { context_op({0x03}, to, offset, index); }
-  void subtract(Register from, u32 offset, int index) { context_op({0x2b}, from, offset, index); }
+  void add(Register to, u32 offset, int index = -1) { context_op(0x03, to, offset, index); }
+  void subtract(Register from, u32 offset, int index) { context_op(0x2b, from, offset, index); }
   void jump_context(u32 offset, int index, unsigned shift) {
     byte(0x65);
     if (index >= 8) byte(0x42);
@@ -167,8 +162,7 @@ class Assembler {
     address(to, base, displacement);
   }
   void store_to(Register base, s32 displacement, Register from) {
-    byte(rex(1, from, 0, base));
-    byte(0x89);
+    bytes(rex(1, from, 0, base), 0x89);
     address(from, base, displacement);
   }
   void load_from(Register to, const Place& from) {
@@ -191,16 +185,23 @@ class Assembler {
   /// ModRM, SIB and displacement of [base + index * 2^shift + displacement], the shortest there is. index < 0: none.
   /// scaled: a displacement of 8 bits counts in units (EVEX).
   void address(unsigned reg, Register base, s32 displacement, int index = -1, unsigned shift = 0, bool scaled = false) {
+    if (u8* at = reserve(most_address_bytes)) at_ = put_address(at, reg, base, displacement, index, shift, scaled);
+  }
+  static constexpr unsigned most_address_bytes = 8;
+  static u8* put_address(u8* at, unsigned reg, const Place& place, bool scaled) {
+    return put_address(at, reg, Register(place.base), place.displacement, place.index, 0, scaled);
+  }
+  /// As address(), at `at`; returns what is behind it. Up to most_address_bytes are written.
+  static u8* put_address(u8* at, unsigned reg, Register base, s32 displacement, int index, unsigned shift,
+                         bool scaled) {
     const bool none = displacement == 0 && (base & 7) != 5;
     const bool narrow = displacement == 0 || (!scaled && displacement == s8(displacement));
     const bool sib = index >= 0 || (base & 7) == 4;
-    byte((none ? 0u : narrow ? 0x40u : 0x80u) | (reg & 7) << 3 | (sib ? 4 : base & 7));
-    if (sib) byte(shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | (base & 7));
-    if (none) return;
-    if (narrow)
-      byte(u8(displacement));
-    else
-      dword(u32(displacement));
+    *at++ = u8((none ? 0u : narrow ? 0x40u : 0x80u) | (reg & 7) << 3 | (sib ? 4u : base & 7u));
+    *at = u8(shift << 6 | (index < 0 ? 4 : unsigned(index) & 7) << 3 | (base & 7u));
+    at += sib;
+    std::memcpy(at, &displacement, sizeof displacement);
+    return at + (none ? 0 : narrow ? 1 : 4);
   }
 
   // --- branches
@@ -281,6 +282,24 @@ class Assembler {
   void shift(unsigned pp, Register to, Register from, Register count) {
     bytes(0xc4, (~to >> 3 & 1) << 7 | 0x40 | (~from >> 3 & 1) << 5 | 0x02, 0x80 | (~count & 15) << 3 | pp, 0xf7,
           0xc0 | (to & 7) << 3 | (from & 7));
+  }
+  template <class T>
+  void append(T value) {
+    if (end_ - at_ < std::ptrdiff_t(sizeof value)) {
+      overflowed_ = true;
+      return;
+    }
+    std::memcpy(at_, &value, sizeof value);
+    at_ += sizeof value;
+  }
+  /// `count` bytes of it: there has to be room for all eight.
+  void append_word(u64 word, unsigned count) {
+    if (end_ - at_ < std::ptrdiff_t(sizeof word)) {
+      overflowed_ = true;
+      return;
+    }
+    std::memcpy(at_, &word, sizeof word);
+    at_ += count;
   }
   void relative(const u8* target) { dword(u32(s32(target - (at_ + 4)))); }
   u8* hole() {

@@ -366,7 +366,7 @@ void Translation::emit(unsigned n) {
     case Kind::nothing: break;
     case Kind::want_vectors:
       a_.move_immediate32(index_scratch, g.what.vectors);
-      a_.context_op({0x89}, index_scratch, offsetof(Context, wants_vectors), -1, 0, false);
+      a_.context_op(0x89, index_scratch, offsetof(Context, wants_vectors), -1, 0, false);
       to_page_offset(address_scratch, g.offset);
       a_.jump(leave());
       break;

@@ -11,6 +11,7 @@ namespace anykvm::engine::translate {
 namespace {
 
 constexpr unsigned longest_instruction = ZYDIS_MAX_INSTRUCTION_LENGTH;
+constexpr unsigned most_behind_opcode = 10;  ///< ModRM, SIB, displacement, immediate; or an immediate of 8 bytes
 
 /// What to make of a byte where an opcode or a prefix may be.
 enum Class : u8 {
@@ -204,7 +205,8 @@ bool Decoder::decode(const u8* bytes, unsigned available, bool supervisor, Guest
     key |= behind_0f;
   }
   constexpr u32 repeats = repne | rep, overrides = fs_override | gs_override;
-  if (!(what & known) || what & is_prefix || (key & repeats) == repeats || (key & overrides) == overrides)
+  if (!(what & known) || what & is_prefix || at > longest_instruction - most_behind_opcode ||
+      (key & repeats) == repeats || (key & overrides) == overrides)
     return ask_zydis(nullptr, 0);
   key |= opcode << opcode_shift;
   const u8* const modrm = what & has_modrm ? bytes + at : nullptr;
@@ -218,17 +220,17 @@ bool Decoder::decode(const u8* bytes, unsigned available, bool supervisor, Guest
 
   Shape& shape = shapes_[key * 0x9e3779b1u >> (32 - shape_bits)];
   if (shape.key != key) return ask_zydis(&shape, key);
-  out = shape.instruction;
-  const unsigned immediate_bytes = unsigned(out.length - out.tail_at);
+  const GuestInstruction& known = shape.instruction;
+  out = known;
+  const unsigned immediate_bytes = unsigned(known.length - known.tail_at);
   const u8* tail = bytes + at;
   if (modrm) tail = memory ? read_memory(modrm, rex, key, out.memory) : modrm + 1;
-  if (!out.has_memory) out.memory = shape.instruction.memory;
+  if (!known.has_memory) out.memory = known.memory;
   out.opcode_at = u8(opcode_at);
   out.modrm_at = u8(modrm ? at : 0);
   out.tail_at = u8(tail - bytes);
   out.length = u8(out.tail_at + immediate_bytes);
   out.rex = u8(rex);
-  if (out.length > longest_instruction) return false;
   out.immediate = last_immediate(tail, immediate_bytes);
   read_registers(rex, opcode, modrm ? *modrm : 0, out);
   settle(out);

@@ -30,9 +30,13 @@ bool rewrite(Assembler& a, const GuestInstruction& g, const u8* bytes, const Ren
   const auto with_bit = [](unsigned value, unsigned bit, unsigned on) {
     return (value & ~(1u << bit)) | (on & 1) << bit;
   };
+  constexpr unsigned most = 32;  // what is longer than the guest's: REX or VEX, SIB, displacement
+  u8* const begin = a.reserve(most + sizeof(u64));
+  if (!begin) return true;
+  u8* to = begin;
   unsigned at = 0;
   for (; at < g.opcode_at; ++at)
-    if (const u8 b = bytes[at]; b == 0x66 || b == 0xf2 || b == 0xf3 || b == 0xf0) a.byte(b);
+    if (const u8 b = bytes[at]; b == 0x66 || b == 0xf2 || b == 0xf3 || b == 0xf0) *to++ = b;
 
   switch (g.encoding) {
     case Encoding::legacy: {
@@ -43,7 +47,7 @@ bool rewrite(Assembler& a, const GuestInstruction& g, const u8* bytes, const Ren
       if (in_opcode >= 0) out = with_bit(out, 0, unsigned(in_opcode) >> 3);
       if (out || g.rex) {
         if (high_byte) return false;
-        a.byte(out | 0x40);
+        *to++ = u8(out | 0x40);
       }
       break;
     }
@@ -62,7 +66,9 @@ bool rewrite(Assembler& a, const GuestInstruction& g, const u8* bytes, const Ren
       if (memory) first = with_bit(with_bit(first, 6, ~index >> 3), 5, ~base >> 3);
       if (rm >= 0) first = with_bit(first, 5, ~unsigned(rm) >> 3);
       if (vvvv >= 0) second = (second & ~0x78u) | (~unsigned(vvvv) & 15) << 3;
-      a.bytes(0xc4, first, second);
+      *to++ = 0xc4;
+      *to++ = u8(first);
+      *to++ = u8(second);
       break;
     }
     case Encoding::evex: {
@@ -72,27 +78,32 @@ bool rewrite(Assembler& a, const GuestInstruction& g, const u8* bytes, const Ren
       if (memory) first = with_bit(with_bit(first, 6, ~index >> 3), 5, ~base >> 3);
       if (rm >= 0) first = with_bit(with_bit(first, 6, 1), 5, ~unsigned(rm) >> 3);
       if (vvvv >= 0) return false;
-      a.bytes(0x62, first, bytes[at + 2], bytes[at + 3]);
+      *to++ = 0x62;
+      *to++ = u8(first);
+      *to++ = bytes[at + 2];
+      *to++ = bytes[at + 3];
       at += 4;
       break;
     }
   }
   if (!g.modrm_at) {
-    const unsigned opcode_at = at + (bytes[at] == 0x0f ? 1 : 0);
-    for (; at < g.length; ++at)
-      a.byte(at == opcode_at && in_opcode >= 0 ? (bytes[at] & ~7u) | (unsigned(in_opcode) & 7) : bytes[at]);
+    u8* const opcode = to + (bytes[at] == 0x0f ? 1 : 0);
+    while (at < g.length) *to++ = bytes[at++];
+    if (in_opcode >= 0) *opcode = u8((*opcode & ~7u) | (unsigned(in_opcode) & 7));
+    a.advance(to);
     return true;
   }
-  for (; at < g.modrm_at; ++at) a.byte(bytes[at]);
+  while (at < g.modrm_at) *to++ = bytes[at++];
 
   unsigned modrm = bytes[g.modrm_at];
   if (reg >= 0) modrm = (modrm & ~0x38u) | (unsigned(reg) & 7) << 3;
   if (rm >= 0) modrm = (modrm & ~7u) | (unsigned(rm) & 7);
   if (memory)
-    a.address(modrm >> 3 & 7, renaming.memory, g.encoding == Encoding::evex);
+    to = Assembler::put_address(to, modrm >> 3 & 7, renaming.memory, g.encoding == Encoding::evex);
   else
-    a.byte(modrm);
-  for (unsigned tail = g.tail_at; tail < g.length; ++tail) a.byte(bytes[tail]);
+    *to++ = u8(modrm);
+  for (at = g.tail_at; at < g.length; ++at) *to++ = bytes[at];
+  a.advance(to);
   return true;
 }
 

@@ -47,7 +47,7 @@ void Translation::emit_move_from_segment(const Guest& g) {
       s32(offsetof(x86::CpuState, segment) + segment * sizeof(x86::Segment) + offsetof(x86::Segment, selector)));
   if (in_context(to)) {
     if (narrow) a_.byte(0x66);
-    a_.context_op({0x89}, reg, spill_slot(to), -1, 0, !narrow);
+    a_.context_op(0x89, reg, spill_slot(to), -1, 0, !narrow);
   } else if (narrow) {
     a_.byte(0x66);
     a_.move32(home(to), reg);

@@ -42,13 +42,13 @@ class Translation {
   };
   struct Cold {
     enum class Kind : u8 { refill, window, step, link, back_edge, load_x87, crossing, chain } kind;
-    bool restores_rcx = false;
-    u8 size = 0;  ///< of a look into the TLB
-    bool writes = false, flags_live = false;
-    u8* site = nullptr;  ///< the jump that comes here
-    const u8* retry = nullptr;
-    unsigned guest = 0;  ///< instruction
-    s32 target = 0;      ///< link, back_edge, chain: offset of the target in the page
+    bool restores_rcx;
+    u8 size;  ///< of a look into the TLB
+    bool writes, flags_live;
+    u8* site;  ///< the jump that comes here
+    const u8* retry;
+    unsigned guest;  ///< instruction
+    s32 target;      ///< link, back_edge, chain: offset of the target in the page
   };
 
   void collect();

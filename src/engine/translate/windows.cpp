@@ -92,8 +92,9 @@ bool change_of(const Guest& g, int reg, s32& change) {
 void Translation::plan_windows() {
   /// A register since its last unknown change.
   struct Track {
+    int since = 0;       ///< the first instruction behind that change
     s32 moved = 0;       ///< how much it has changed
-    int dead_at = -1;    ///< the last instruction before which no flag is live; -1: none
+    int dead_at = -1;    ///< the last instruction before which no flag is live, as far as is noted; -1: none
     s32 dead_moved = 0;  ///< `moved` there
     int window = -1;     ///< the one that is growing
   };
@@ -105,6 +106,13 @@ void Translation::plan_windows() {
   };
   Track tracks[16];
   Growing growing[window_count];
+  int dead_at = -1;  // the last instruction before which no flag is live
+  // To be called before `moved` changes, and before what it notes is used.
+  const auto note_dead = [&](Track& track) {
+    if (dead_at < track.since || dead_at == track.dead_at) return;
+    track.dead_at = dead_at;
+    track.dead_moved = track.moved;
+  };
 
   const auto take = [&](const Access& access, unsigned n, s8& number) {
     number = -1;
@@ -120,6 +128,7 @@ void Translation::plan_windows() {
     if (track.window < 0) {
       if (window_total_ == window_count) return;
       track.window = int(window_total_++);
+      note_dead(track);
       const bool hoisted = guests_[n].flags_live && track.dead_at >= 0;
       growing[track.window] = {hoisted ? track.dead_moved : track.moved, 0, hoisted};
       const s32 low = low_in(track.window);
@@ -140,12 +149,11 @@ void Translation::plan_windows() {
 
   for (unsigned n = 0; n < count_; ++n) {
     Guest& g = guests_[n];
-    if (!g.flags_live)
-      for (Track& track : tracks) track.dead_at = int(n), track.dead_moved = track.moved;
+    if (!g.flags_live) dead_at = int(n);
     take(operand_access(g), n, g.operand_window);
     take(stack_access(g), n, g.stack_window);
     if (!keeps_windows(g.what.kind)) {
-      std::fill(std::begin(tracks), std::end(tracks), Track{});
+      std::fill(std::begin(tracks), std::end(tracks), Track{.since = int(n) + 1});
       continue;
     }
     u32 seen = 0;
@@ -153,10 +161,13 @@ void Translation::plan_windows() {
       const unsigned reg = operand.number;
       if (!operand.is_written || seen >> reg & 1) continue;
       seen |= 1u << reg;
-      if (s32 change; change_of(g, int(reg), change))
-        tracks[reg].moved += change;
-      else
-        tracks[reg] = {};
+      Track& track = tracks[reg];
+      if (s32 change; !change_of(g, int(reg), change)) {
+        track = {.since = int(n) + 1};
+      } else {
+        note_dead(track);
+        track.moved += change;
+      }
     }
   }
 

@@ -16,7 +16,7 @@ void Translation::want_x87(const Guest& g, unsigned n) {
     cold.site = a_.jump_if_later(5);  // jne
   } else {
     a_.store(offsetof(Context, temporary), x86::rcx);
-    a_.context_op({0x8b}, x86::rcx, missing, -1, 0, false);
+    a_.context_op(0x8b, x86::rcx, missing, -1, 0, false);
     u8* const loaded = a_.jump_if_rcx_zero_later();
     cold.site = a_.jump_later();
     cold.restores_rcx = true;
