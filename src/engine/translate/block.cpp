@@ -229,15 +229,15 @@ void Translation::link(s32 target, bool flags_live, unsigned n) {
       cold.site = a_.jump_if_later(5);
       add_cold(cold);
     } else {
-      a_.store(offsetof(Context, temporary), x86::rcx);
+      a_.push(x86::rcx);
       a_.load(x86::rcx, offsetof(Context, attention));
       a_.bytes(0x8b, 0x09);  // mov ecx, [rcx]
       u8* none = a_.jump_if_rcx_zero_later();
       cold.site = a_.jump_later();
-      cold.restores_rcx = true;
+      cold.pops_rcx = true;
       add_cold(cold);
       a_.aim_short(none);
-      a_.load(x86::rcx, offsetof(Context, temporary));
+      a_.pop(x86::rcx);
     }
   }
   aim_or_link(a_.jump_later(), target, n, request_.mode);
@@ -470,6 +470,7 @@ void Translation::emit_cold(const Cold& cold) {
   }
   a_.aim(cold.site);
   if (cold.restores_rcx) a_.load(x86::rcx, offsetof(Context, temporary));
+  if (cold.pops_rcx) a_.pop(x86::rcx);
   switch (cold.kind) {
     case Cold::Kind::load_x87:
       a_.call(request_.stubs->load_x87);

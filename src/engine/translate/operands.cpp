@@ -48,13 +48,19 @@ void Translation::compute(const Address& address) {
   }
 }
 
-/// Leaves in the address scratch register the offset in the page, in the index scratch register where the TLB's entry
-/// is: its offset in the table if flags live not, else an eighth of that.
+/// Leaves in the index scratch register where the TLB's entry is: its offset in the table if flags live not, else an
+/// eighth of that. In the address scratch register, the offset in the page if flags live not, else the address.
 void Translation::check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live,
                             Cold::Kind miss) {
   constexpr Register rcx = x86::rcx;
   const u32 tag = tlb_tag(request_.mode.privilege, write);
-  Cold cold{.kind = miss, .size = u8(size), .writes = write, .flags_live = flags_live, .retry = a_.here(), .guest = n};
+  Cold cold{.kind = miss,
+            .pops_rcx = flags_live,
+            .size = u8(size),
+            .writes = write,
+            .flags_live = flags_live,
+            .retry = a_.here(),
+            .guest = n};
   compute(address);
   static_assert(sizeof(TlbEntry) == 32);
   if (!flags_live) {
@@ -67,26 +73,24 @@ void Translation::check_tag(const Address& address, unsigned size, bool write, u
   } else {
     a_.extract_bits(index_scratch, address_scratch, offsetof(Context, tlb_index_bits));
     a_.lea(index_scratch, -1, index_scratch, 2, 0);
-    a_.store(offsetof(Context, temporary), rcx);
+    a_.push(rcx);
     a_.load(rcx, tag, index_scratch, 3);
-    a_.lea(address_scratch, address_scratch, rcx, 0, 0);
-    a_.lea(rcx, address_scratch, -1, 0, s32(size - 1));
+    a_.lea(rcx, rcx, address_scratch, 0, s32(size - 1));
     a_.extract_bits(rcx, rcx, offsetof(Context, page_number_bits));
     u8* hit = a_.jump_if_rcx_zero_later();
     cold.site = a_.jump_later();
     a_.aim_short(hit);
-    a_.load(rcx, offsetof(Context, temporary));
+    a_.pop(rcx);
   }
   add_cold(cold);
 }
 
 void Translation::check(const Address& address, unsigned size, bool write, unsigned n, bool flags_live) {
   check_tag(address, size, write, n, flags_live);
-  const u32 host = tlb(offsetof(TlbEntry, host));
   if (!flags_live) {
-    a_.add(address_scratch, host, index_scratch);
+    a_.add(address_scratch, tlb(offsetof(TlbEntry, host)), index_scratch);
   } else {
-    a_.load(index_scratch, host, index_scratch, 3);
+    a_.load(index_scratch, tlb(offsetof(TlbEntry, addend)), index_scratch, 3);
     a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
   }
 }

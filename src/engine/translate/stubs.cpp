@@ -180,21 +180,14 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     return a.jump_if_later(5);  // jnz
   };
 
-  // What the look left in the address scratch register is the address with the entry's tag added.
+  // Where flags are dead, the look has added the entry's tag to the address.
   u8* refills[Stubs::privileges][2][2];
   for (unsigned privilege = 0; privilege < Stubs::privileges; ++privilege)
     for (const bool write : {false, true})
       for (const bool flags_live : {false, true}) {
         const u32 tag = tlb_tag(x86::Privilege(privilege), write);
         stubs.refill[privilege][write][flags_live] = a.here();
-        if (!flags_live) {
-          a.subtract(address_scratch, tag, index_scratch);
-        } else {
-          a.load(rcx, tag, index_scratch, 3);
-          a.complement(rcx);
-          a.lea(address_scratch, address_scratch, rcx, 0, 1);
-          a.load(rcx, offsetof(Context, temporary));
-        }
+        if (!flags_live) a.subtract(address_scratch, tag, index_scratch);
         a.move_immediate32(index_scratch, FillRequest::encode(write, x86::Privilege(privilege)));
         refills[privilege][write][flags_live] = a.jump_later();
       }

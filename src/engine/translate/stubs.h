@@ -36,7 +36,7 @@ struct Stubs {
   u8* check_singly[vector_levels];
   /// Call here where a look into the TLB has not found the page, with the scratch registers as that left them; behind
   /// the call lies a RefillRequest. Goes on at its `retry` when the TLB has been refilled, else behind it. Keeps all
-  /// other registers and the flags; with flags_live RCX is restored from Context::temporary.
+  /// other registers and the flags.
   u8* refill[3][2][2];
   static constexpr unsigned privileges = std::size(decltype(refill){});
   /// Call here to have the guest's x87 registers loaded. Returns behind the call when they are, else 5 bytes further:

@@ -42,7 +42,8 @@ class Translation {
   };
   struct Cold {
     enum class Kind : u8 { refill, window, step, link, back_edge, load_x87, crossing, chain } kind;
-    bool restores_rcx;
+    bool restores_rcx;  ///< from Context::temporary
+    bool pops_rcx;
     u8 size;  ///< of a look into the TLB
     bool writes, flags_live;
     u8* site;  ///< the jump that comes here
