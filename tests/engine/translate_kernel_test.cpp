@@ -5,6 +5,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <random>
 #include <string>
 
 #include "engine/engine.h"
@@ -36,6 +37,7 @@ class Guest : public LongMode {
     s.gpr[rsp] = 0x7000;
     s.rip = kernel_code;
     put(kernel_code, {0x48, 0xcf});  // iretq
+    start = s;
     for (unsigned n = 0; n < 3 * page_size; n += 8) machine.put<u64>(0x200000 + n, n * 0x9e3779b97f4a7c15);
   }
 
@@ -60,6 +62,7 @@ class Guest : public LongMode {
   }
 
   std::unique_ptr<Engine> engine;
+  CpuState start;
 };
 
 class TranslateKernelTest : public testing::Test {
@@ -86,6 +89,12 @@ class TranslateKernelTest : public testing::Test {
     EXPECT_EQ(left.cr2, right.cr2);
     EXPECT_EQ(std::memcmp(translator.machine.base + 0x7000, reference.machine.base + 0x7000, 0x7000), 0);
     EXPECT_EQ(std::memcmp(translator.machine.base + 0x200000, reference.machine.base + 0x200000, 0x5000), 0);
+  }
+
+  static u64 load(const Guest& guest, Gpa gpa) {
+    u64 value;
+    std::memcpy(&value, guest.machine.base + gpa, sizeof value);
+    return value;
   }
 
   Guest translator{make_translator()}, reference{make_interpreter()};
@@ -211,6 +220,128 @@ TEST_F(TranslateKernelTest, KernelSavesUsersX87Pointers) {
   EXPECT_EQ(translator.cpu.state.fpu.x87_code_selector, reference.cpu.state.fpu.x87_code_selector);
   EXPECT_EQ(translator.cpu.state.fpu.x87_data_selector, reference.cpu.state.fpu.x87_data_selector);
   EXPECT_EQ(std::memcmp(translator.cpu.state.fpu.x87, reference.cpu.state.fpu.x87, 24), 0);
+}
+
+// Each return takes other flags; now and then the kernel changes what a call clears, and the selectors.
+TEST_F(TranslateKernelTest, SystemCallsChangeFlagsAndSelectors) {
+  constexpr unsigned calls = 1000;
+  constexpr Gpa table = 0x100000, seen = 0x110000;
+  constexpr u64 any = 0x257ed5;  // but TF
+  for (const bool alignment_mask : {false, true}) {
+    both([alignment_mask](Guest& guest) {
+      std::mt19937_64 random(7);
+      for (Gpa page = table; page < seen + calls * 64; page += page_size)
+        guest.map(page, page, pte::p | pte::w | pte::u);
+      guest.cpu.state = guest.start;
+      guest.cpu.state.cr4 |= cr4::smap;
+      guest.cpu.state.msr.sfmask |= flag::ac;
+      if (alignment_mask) guest.cpu.state.cr0 |= cr0::am;
+      guest.cpu.update_mode();
+      for (unsigned n = 0; n < calls; ++n) {
+        const Gpa entry = table + n * 16;
+        guest.machine.put<u64>(entry, random() & any & ~(random() % 16 ? flag::ac : 0));
+        const u32 mask = u32(random() % 32 ? 0 : 2 | (random() & any) | (random() % 4 ? flag::tf | flag::ac : 0));
+        guest.machine.put<u32>(entry + 8, mask);
+        guest.machine.put<u32>(entry + 12, u32(random()) & 0xfff8fff8);
+      }
+      guest.put_user({
+          0x31, 0xdb,                       // xor ebx, ebx
+          0xbd, 0x00, 0x00, 0x10, 0x00,     // mov ebp, table
+          0xbf, 0x00, 0x00, 0x11, 0x00,     // mov edi, seen
+          0x0f, 0x05,                       // again: syscall
+          0x9c,                             // pushfq
+          0x58,                             // pop rax
+          0x48, 0x89, 0x07,                 // mov [rdi], rax
+          0x48, 0x89, 0x4f, 0x08,           // mov [rdi + 8], rcx
+          0x4c, 0x89, 0x5f, 0x10,           // mov [rdi + 16], r11
+          0x8c, 0xc8,                       // mov eax, cs
+          0x89, 0x47, 0x18,                 // mov [rdi + 24], eax
+          0x8c, 0xd0,                       // mov eax, ss
+          0x89, 0x47, 0x1c,                 // mov [rdi + 28], eax
+          0x48, 0x83, 0xc7, 0x40,           // add rdi, 64
+          0x48, 0x83, 0xc5, 0x10,           // add rbp, 16
+          0xff, 0xc3,                       // inc ebx
+          0x81, 0xfb, 0xe8, 0x03, 0,    0,  // cmp ebx, calls
+          0x75, 0xd5,                       // jne again
+          0x0f, 0x0b,                       // ud2
+      });
+      guest.put(system_call, {
+                                 0x49, 0x89, 0xe1,              // mov r9, rsp
+                                 0xbc, 0x00, 0x80, 0,    0,     // mov esp, 0x8000
+                                 0x9c,                          // pushfq
+                                 0x5e,                          // pop rsi
+                                 0x0f, 0x01, 0xcb,              // stac
+                                 0x48, 0x89, 0x77, 0x20,        // mov [rdi + 32], rsi
+                                 0x48, 0x89, 0x4f, 0x28,        // mov [rdi + 40], rcx
+                                 0x4c, 0x89, 0x5f, 0x30,        // mov [rdi + 48], r11
+                                 0x8c, 0xc8,                    // mov eax, cs
+                                 0x89, 0x47, 0x38,              // mov [rdi + 56], eax
+                                 0x8c, 0xd0,                    // mov eax, ss
+                                 0x89, 0x47, 0x3c,              // mov [rdi + 60], eax
+                                 0x49, 0x89, 0xca,              // mov r10, rcx
+                                 0x8b, 0x45, 0x08,              // mov eax, [rbp + 8]
+                                 0x8b, 0x75, 0x0c,              // mov esi, [rbp + 12]
+                                 0x4c, 0x8b, 0x5d, 0x00,        // mov r11, [rbp]
+                                 0x0f, 0x01, 0xca,              // clac
+                                 0x85, 0xc0,                    // test eax, eax
+                                 0x74, 0x14,                    // jz: change nothing
+                                 0xb9, 0x84, 0,    0,    0xc0,  // mov ecx, SFMASK
+                                 0x31, 0xd2,                    // xor edx, edx
+                                 0x0f, 0x30,                    // wrmsr
+                                 0xb9, 0x81, 0,    0,    0xc0,  // mov ecx, STAR
+                                 0x31, 0xc0,                    // xor eax, eax
+                                 0x89, 0xf2,                    // mov edx, esi
+                                 0x0f, 0x30,                    // wrmsr
+                                 0x4c, 0x89, 0xd1,              // mov rcx, r10
+                                 0x4c, 0x89, 0xcc,              // mov rsp, r9
+                                 0x48, 0x0f, 0x07,              // sysretq
+                             });
+    });
+    run_and_compare();
+    EXPECT_EQ(translator.cpu.state.rip, 0x6000u + exception::ud * 16 + 1);
+    EXPECT_EQ(translator.cpu.state.gpr[rbx], calls);
+    for (unsigned n = 0; n < calls; ++n)
+      for (unsigned word = 0; word < 8; ++word)
+        ASSERT_EQ(load(translator, seen + n * 64 + word * 8), load(reference, seen + n * 64 + word * 8))
+            << n << ' ' << word << (alignment_mask ? " with" : " without") << " CR0.AM";
+  }
+}
+
+// A return sets AC: the next access checks its alignment, or the next call lets the kernel reach user memory.
+TEST_F(TranslateKernelTest, SystemCallsMindAc) {
+  for (const bool alignment_mask : {false, true}) {
+    both([alignment_mask](Guest& guest) {
+      guest.cpu.state = guest.start;
+      guest.cpu.state.cr4 |= cr4::smap;
+      if (alignment_mask)
+        guest.cpu.state.cr0 |= cr0::am;
+      else
+        guest.cpu.state.msr.sfmask &= ~flag::ac;
+      guest.cpu.update_mode();
+      guest.put_user({
+          0x31, 0xdb,                                // xor ebx, ebx
+          0xff, 0xc3,                                // again: inc ebx
+          0x0f, 0x05,                                // syscall
+          0x8b, 0x04, 0x25, 0x01, 0x20, 0x40, 0x00,  // mov eax, [0x402001]
+          0x83, 0xfb, 0x04,                          // cmp ebx, 4
+          0x75, 0xf0,                                // jne again
+          0x0f, 0x0b,                                // ud2
+      });
+      guest.put(system_call, {
+                                 0x83, 0xfb, 0x03,                          // cmp ebx, 3
+                                 0x75, 0x07,                                // jne
+                                 0x89, 0x1c, 0x25, 0x00, 0x20, 0x40, 0x00,  // mov [0x402000], ebx
+                                 0x83, 0xfb, 0x02,                          // cmp ebx, 2
+                                 0x75, 0x07,                                // jne
+                                 0x49, 0x81, 0xcb, 0x00, 0x00, 0x04, 0x00,  // or r11, AC
+                                 0x48, 0x0f, 0x07,                          // sysretq
+                             });
+    });
+    run_and_compare();
+    const u8 vector = alignment_mask ? exception::ac : exception::ud;
+    EXPECT_EQ(translator.cpu.state.rip, 0x6000u + vector * 16 + 1);
+    EXPECT_EQ(translator.cpu.state.gpr[rbx], alignment_mask ? 2u : 4u);
+  }
 }
 
 TEST_F(TranslateKernelTest, SystemCallsMayBeTurnedOff) {

@@ -131,7 +131,10 @@ void Translation::step_at(u8* site, unsigned n, bool restores_rcx) {
 void Translation::step(const Guest& g, bool leave) {
   a_.move_immediate32(address_scratch,
                       StepRequest::encode(g.offset, g.next, g.is_quick, g.is_repeated, g.sees_x87, leave, g.mnemonic));
-  if (leave)
+  const bool is_call = g.is_quick && (g.mnemonic == ZYDIS_MNEMONIC_SYSCALL || g.mnemonic == ZYDIS_MNEMONIC_SYSRET);
+  if (is_call && request_.mode.vectors == no_vectors && !request_.supervised)
+    a_.jump(request_.stubs->system_call);
+  else if (leave)
     a_.jump(request_.stubs->last_step[request_.mode.vectors]);
   else
     a_.call(request_.stubs->step[request_.mode.vectors]);

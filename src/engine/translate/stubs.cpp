@@ -219,6 +219,25 @@ Stubs emit_stubs(Assembler& a, bool whole) {
   save();
   return_if(call(reinterpret_cast<u64>(&load_x87_function)));
 
+  stubs.system_call = a.here();
+  a.push(rax);  // as in find
+  save();
+  static_assert(sizeof(SavedRegisters) == saved_bytes);
+  a.move32(rdx, address_scratch);
+  a.load(rdi, offsetof(Context, self));
+  a.move(rsi, host_rsp);
+  a.move_immediate64(rax, reinterpret_cast<u64>(&system_call_function));
+  a.bytes(0xff, 0xd0);  // call rax
+  a.bytes(0x84, 0xc0);  // test al, al
+  u8* const done = a.jump_if_later(5);
+  restore();
+  a.pop(index_scratch);
+  a.jump(stubs.last_step[no_vectors]);
+  a.aim(done);
+  restore();
+  a.pop(address_scratch);
+  jump_to_block(a);
+
   for (unsigned vectors = 0; vectors < vector_levels; ++vectors) {
     stubs.find[vectors] = a.here();
     a.push(rax);  // where fill has a return address: the stack is aligned alike

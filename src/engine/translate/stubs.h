@@ -20,6 +20,8 @@ struct Stubs {
   u8* step[vector_levels];
   /// Jump here instead where the instruction ends its block.
   u8* last_step[vector_levels];
+  /// The same for SYSCALL and SYSRET, in blocks without vector registers.
+  u8* system_call;
   /// Jump here with a guest RIP that the jump cache does not have in the address scratch register, and the
   /// BranchRequest that led there in the index scratch register: goes on there when there is a block, else leaves.
   /// Keeps every register and the flags.
@@ -105,6 +107,12 @@ struct [[gnu::packed]] LinkRequest {
   u16 target;  ///< offset in the page
 };
 
+/// What a stub saves of the guest on the stack before it calls one of the functions below.
+struct SavedRegisters {
+  u16 flags;  ///< as CpuState::arithmetic
+  u64 r11, r10, r9, r8, rdi, rsi, rdx, rcx, rax;
+};
+
 /// Implemented by the translator; `state` is up to date in step_function.
 Next step_function(Context* context, u64 request);
 /// Compiled for general registers only: the guest's vector registers stay in place.
@@ -112,6 +120,9 @@ Next step_function(Context* context, u64 request);
 bool find_function(Context* context, u64 rip, u32 request, u64 rsp);
 bool fill_function(Context* context, Gva address, u32 request, const RefillRequest* more);
 bool load_x87_function(Context* context);
+/// true: the registers are those behind the instruction, Context::enter_at is the block there; false: they are as they
+/// were, and it wants a step.
+bool system_call_function(Context* context, SavedRegisters* registers, u32 request);
 
 /// Emits them at `a`. whole_vectors: zmm registers are kept, not only ymm.
 Stubs emit_stubs(Assembler& a, bool whole_vectors);

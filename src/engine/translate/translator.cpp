@@ -296,16 +296,22 @@ Next Translator::step_in_block(u64 request) {
   if (StepRequest::sees_x87(request)) save_x87();
   settle_x87_pointers();
   const u32 x87_missing = context_->x87_missing;
-  if (!StepRequest::quick(request) || !quick_step(request)) {
+  const bool quick = StepRequest::quick(request) && quick_step(request);
+  if (!quick) {
     ++steps_[StepRequest::mnemonic(request)];
     reference_->step(*cpu_);
   }
   if (!x87_allowed()) save_x87();
   if (StepRequest::ends(request)) {
     serialized_ = true;
+    const bool is_call = quick && (StepRequest::mnemonic(request) == ZYDIS_MNEMONIC_SYSCALL ||
+                                   StepRequest::mnemonic(request) == ZYDIS_MNEMONIC_SYSRET);
+    if (!quick) forget_system_calls();
     if (StepRequest::mnemonic(request) == ZYDIS_MNEMONIC_INVALID)
       translate_crossing(context_->page_base + StepRequest::offset(request));
-    return go_on();
+    const Next next = go_on();
+    if (is_call && next != Next::leave) learn_system_call(u32(request));
+    return next;
   }
   refresh_segments();
   const bool same = cpu_->exit.kind == ExitKind::none && s.rip == context_->page_base + StepRequest::next(request) &&
@@ -344,6 +350,7 @@ Mode Translator::next_mode(u8 wants_vectors) {
   if (mode.privilege != cpu_->data_privilege) {
     if (mode.privilege == x86::Privilege::user) {
       user_vectors_ = mode.vectors;
+      if (user_vectors_) forget_system_calls();
       if (std::exchange(tries_without_, false)) trial_after_ = first_trial;
     }
     mode = {cpu_->data_privilege, no_vectors};
@@ -409,6 +416,7 @@ void Translator::enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*
   context_->data_privilege = reinterpret_cast<u8*>(&cpu.data_privilege);
   context_->link_site = 0;
   context_->wants_checks = 0;
+  forget_system_calls();
   if (!std::exchange(keep_code_, false)) {
     ++epoch_;
     flush_jumps();
@@ -465,6 +473,7 @@ bool Translator::run_once() {
     context_->link_site = 0;
     if (may_step()) {
       ++steps_[ZYDIS_MNEMONIC_INVALID];
+      forget_system_calls();
       save_x87();
       reference_->step(*cpu_);
     }

@@ -35,6 +35,7 @@ class Translator final : public Engine {
   bool find(u64 rip, u32 request, u64 rsp);
   bool find(u64 rip);
   bool load_x87();
+  bool system_call(SavedRegisters& registers, u32 request);
 
   // --- for tests and the lockstep engine
   // --------------------------------------------------------------------------------------
@@ -99,6 +100,10 @@ class Translator final : public Engine {
   bool quick_step(u64 request);
   template <unsigned bytes, bool moves>
   bool store_string(u64 next, bool repeats);
+  // system_calls.cpp
+  /// SYSCALL or SYSRET has just been executed, and go_on() has found a block behind it.
+  void learn_system_call(u32 request);
+  void forget_system_calls() { system_calls_[0].known = system_calls_[1].known = false; }
   // x87_state.cpp
   /// The guest's x87 registers back into the state, if the host's unit has them.
   void save_x87();
@@ -133,10 +138,16 @@ class Translator final : public Engine {
   bool keep_code_ = false;
   SharedCode shared_;
   const bool host_has_all_vectors_ = x86::supports(x86::Feature::avx512bw);
-  bool tries_without_ = false;                    ///< user code runs without the vector registers that it had
-  u32 trial_after_ = 64;                          ///< how many entries to user code with them come before a trial
-  u32 entries_with_vectors_ = 0;                  ///< since the last
-  u8 user_vectors_ = no_vectors;                  ///< user code had the vector registers when it was left
+  bool tries_without_ = false;    ///< user code runs without the vector registers that it had
+  u32 trial_after_ = 64;          ///< how many entries to user code with them come before a trial
+  u32 entries_with_vectors_ = 0;  ///< since the last
+  u8 user_vectors_ = no_vectors;  ///< user code had the vector registers when it was left
+  struct SystemCall {
+    bool known = false;
+    x86::Privilege privilege{};
+    x86::Segment code, stack;
+    u64 time_is_refused = 0;
+  } system_calls_[2];                             ///< what SYSCALL did, and SYSRET
   bool serialized_ = false;                       ///< the guest has executed an instruction that serializes, perhaps
   bool code_dropped_ = false;                     ///< the block that runs may be gone
   u64 steps_[ZYDIS_MNEMONIC_MAX_VALUE + 1] = {};  ///< of the reference engine, by mnemonic
