@@ -1,14 +1,12 @@
 #!/usr/bin/env python3
 """QEMU as it is, with -accel kvm under `anykvm run`: a Linux guest boots on each machine, from its kernel file, to power-off."""
 
-import pathlib
-import shutil
-import sys
 import tempfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "system"))
-import harness  # noqa: E402
-from harness import check  # noqa: E402
+import qemu_machine
+from qemu_machine import harness
+
+check = harness.check
 
 TASK = """
 echo "== cpus"
@@ -36,10 +34,7 @@ def main():
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--irqchip", choices=["on", "split", "off"], default="on")
     options = parser.parse_args()
-    qemu = shutil.which("qemu-system-x86_64")
-    if not qemu:
-        print("qemu-system-x86_64 is not there; scripts/setup test installs it")
-        sys.exit(harness.SKIPPED)
+    qemu = qemu_machine.require()
     harness.require_tool(options.anykvm)
     guest = harness.Guest("6.1")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,111 @@
+"""An unmodified QEMU under `anykvm run`, with its console and its monitor (QMP)."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "system"))
+import harness  # noqa: E402
+
+
+def require():
+    """The path of QEMU; skips the test where there is none."""
+    qemu = shutil.which("qemu-system-x86_64")
+    if not qemu:
+        print("qemu-system-x86_64 is not there; scripts/setup test installs it")
+        sys.exit(harness.SKIPPED)
+    return qemu
+
+
+def accelerated(options, machine="q35", irqchip="on", cpu="host"):
+    """QEMU's command line as far as every test has it."""
+    return [str(options.anykvm), "run", "--engine", options.engine, "--", require(), "-accel", f"kvm,kernel-irqchip={irqchip}",
+            "-M", machine, "-cpu", cpu, "-m", "256", "-nodefaults", "-no-user-config", "-display", "none"]
+
+
+class Machine:
+    """A QEMU that runs; its console is the serial port. Use as a context: leaving it ends QEMU."""
+
+    def __init__(self, folder, name, line):
+        self.path = pathlib.Path(folder) / f"{name}.qmp"
+        self.console = ""
+        self.began = time.monotonic()
+        self.process = subprocess.Popen([*line, "-serial", "stdio", "-qmp", f"unix:{self.path},server=on,wait=off"],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.more = threading.Condition()
+        threading.Thread(target=self.read_console, daemon=True).start()
+        while not self.path.exists():
+            self.check(self.process.poll() is None, "QEMU ended at its start")
+            time.sleep(0.01)
+        self.monitor = socket.socket(socket.AF_UNIX)
+        self.monitor.settimeout(120)
+        self.monitor.connect(str(self.path))
+        self.replies = self.monitor.makefile()
+        self.events = []
+        self.replies.readline()
+        self.command("qmp_capabilities")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        self.process.kill()
+        self.process.wait()
+
+    def read_console(self):
+        while part := os.read(self.process.stdout.fileno(), 1 << 16):
+            with self.more:
+                self.console += part.decode(errors="replace").replace("\r", "")
+                self.more.notify_all()
+
+    def check(self, condition, what):
+        harness.check(condition, what, harness.Run(self.process.poll(), self.console, "", time.monotonic() - self.began))
+
+    def wait_for(self, text, begin=0, seconds=280):
+        """Waits until the console shows `text` behind position `begin`; the position behind it."""
+        with self.more:
+            self.more.wait_for(lambda: text in self.console[begin:], seconds)
+            at = self.console.find(text, begin)
+        self.check(at >= 0, f"the console does not show '{text}'")
+        return at + len(text)
+
+    def type(self, text):
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def command(self, name, **arguments):
+        """A monitor command's return value. Events that come meanwhile are kept."""
+        self.monitor.sendall(json.dumps({"execute": name, "arguments": arguments}).encode())
+        while True:
+            reply = json.loads(self.replies.readline())
+            if "event" in reply:
+                self.events.append(reply["event"])
+                continue
+            self.check("return" in reply, f"{name}: {reply}")
+            return reply["return"]
+
+    def human(self, line):
+        """A command of the human monitor; it must have nothing to say."""
+        answer = self.command("human-monitor-command", **{"command-line": line})
+        self.check(not answer.strip(), f"{line}: {answer}")
+
+    def wait_for_event(self, name):
+        while name not in self.events:
+            reply = json.loads(self.replies.readline())
+            if "event" in reply:
+                self.events.append(reply["event"])
+        self.events.remove(name)
+
+    def end(self, seconds=280):
+        """Waits until QEMU ends by itself."""
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.check(False, "QEMU does not end")
+        self.check(status == 0, "QEMU did not end in good order")
