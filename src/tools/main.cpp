@@ -105,16 +105,21 @@ int run_boot(const BootArguments& arguments) {
 
 void describe_run(CLI::App& command, RunOptions& options) {
   add_engine_option(command, options.engine)->envname("ANYKVM_ENGINE");
-  command.add_flag("--quiet", options.quiet, "Do not say on a terminal which KVM the program gets");
+  command.add_flag("--quiet", options.quiet,
+                   "Say neither on a terminal which KVM the program gets nor what an internal error was about");
   command.add_flag(
       "--stats", options.statistics,
       "Print each VM's counters on stderr when it ends, and on SIGUSR2 to a program that has no handler for it");
+  command
+      .add_option("--trace", options.trace,
+                  "Write what the vCPUs do, with time stamps, for Perfetto's UI or chrome://tracing")
+      ->type_name("FILE");
   command.prefix_command();
   command.footer(
       "anykvm run [OPTIONS] -- PROGRAM ARGS... runs an unmodified KVM client, such as qemu-system-x86_64 -accel kvm,\n"
       "and all that it starts, with this KVM behind /dev/kvm.\n"
       "Exit codes: the program's; 64 usage, 69 a program that LD_PRELOAD does not reach (statically linked, setuid,\n"
-      "not 64-bit), 126 one that cannot be executed, 127 one that is not there.");
+      "not 64-bit), 73 a trace that cannot be written, 126 one that cannot be executed, 127 one that is not there.");
 }
 
 struct TopArguments {

@@ -2,6 +2,7 @@
 // starts inherits that.
 #include "tools/run.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <sysexits.h>
 #include <unistd.h>
@@ -90,7 +91,8 @@ int run_program(const RunOptions& options) {
   std::string preloads = other_preloads();
   if (choice.host) {
     announce(options, fmt::format("/dev/kvm is the host's ({})", choice.reason));
-    if (options.statistics) fmt::print(stderr, "anykvm: there are no statistics of the host's KVM\n");
+    if (options.statistics || !options.trace.empty())
+      fmt::print(stderr, "anykvm: there are no statistics and no trace of the host's KVM\n");
     preloads.empty() ? unsetenv("LD_PRELOAD") : setenv("LD_PRELOAD", preloads.c_str(), 1);
     return execute(found.path, options.program);
   }
@@ -103,10 +105,18 @@ int run_program(const RunOptions& options) {
   if (library.find_first_of(" :") != std::string::npos)
     return fail(EX_UNAVAILABLE, library + " has a space or a colon in its path, which LD_PRELOAD cannot express");
 
+  if (!options.trace.empty()) {
+    // Empty, for the processes to add to.
+    const int fd = open(options.trace.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0) return fail(EX_CANTCREAT, fmt::format("cannot write {}: {}", options.trace, std::strerror(errno)));
+    close(fd);
+    setenv("ANYKVM_TRACE", std::filesystem::absolute(options.trace).c_str(), 1);
+  }
   announce(options, fmt::format("/dev/kvm is the software engine {} ({})", choice.name, choice.reason));
   setenv("LD_PRELOAD", (library + (preloads.empty() ? "" : ":") + preloads).c_str(), 1);
   setenv("ANYKVM_ENGINE", choice.name.c_str(), 1);
   setenv("ANYKVM_QUIET", "1", 1);  // it has been said, or was not wanted
+  if (!options.quiet) setenv("ANYKVM_ERRORS", "1", 1);
   if (options.statistics) setenv("ANYKVM_STATS", "1", 1);
   return execute(found.path, options.program);
 }

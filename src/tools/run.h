@@ -10,6 +10,7 @@ struct RunOptions {
   std::string engine = "auto";       ///< as choose_engine() takes it
   bool quiet = false;                ///< no announcement
   bool statistics = false;           ///< abi/statistics.h
+  std::string trace;                 ///< file of vcpu/trace.h; empty: none
   std::vector<std::string> program;  ///< and its arguments; not empty
 };
 

@@ -125,12 +125,14 @@ bool Vcpu::inject_events() {
     event.nmi_injected = false;
     told_ = true;
     stats_.add(vm::VcpuStat::nmi_injections);
+    trace_injection("NMI", x86::exception::nmi);
     if (cpu_.deliver_nmi() == Result::exit) return false;
   } else if (event.interrupt_injected) {
     event.interrupt_injected = false;
     told_ = true;
     event.shadow = 0;
     stats_.add(vm::VcpuStat::irq_injections);
+    trace_injection("interrupt", event.interrupt_vector);
     if (cpu_.deliver_interrupt(event.interrupt_vector) == Result::exit) return false;
   }
 
@@ -140,6 +142,7 @@ bool Vcpu::inject_events() {
       --event.nmi_pending;
       told_ = true;
       stats_.add(vm::VcpuStat::nmi_injections);
+      trace_injection("NMI", x86::exception::nmi);
       if (cpu_.deliver_nmi() == Result::exit) return false;
     }
     cpu_.window_wanted |= event.nmi_pending != 0;
@@ -148,6 +151,7 @@ bool Vcpu::inject_events() {
     if (interrupts_allowed()) {
       const int vector = take_interrupt();
       stats_.add(vm::VcpuStat::irq_injections, vector >= 0);
+      if (vector >= 0) trace_injection("interrupt", vector);
       if (vector >= 0 && cpu_.deliver_interrupt(static_cast<u8>(vector)) == Result::exit) return false;
       cpu_.window_wanted |= has_interrupt();
     } else {

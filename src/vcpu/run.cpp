@@ -8,6 +8,8 @@
 
 #include "engine/engine.h"
 #include "os/cancellation.h"
+#include "os/clock.h"
+#include "vcpu/internal_error.h"
 #include "vcpu/signal_mask.h"
 #include "vcpu/vcpu.h"
 #include "vm/vm.h"
@@ -29,7 +31,11 @@ int Vcpu::run(void (*leaving)(void*), void* arg) {
   runner_.store(pthread_self(), std::memory_order_relaxed);
   os::CancellationHold cancellation(on_cancel, this);
   os::SignalHold hold(on_signal, this, signal_mask_ ? &signal_mask_->blocked() : nullptr);
+  if (trace_) [[unlikely]]
+    trace_entry();
   const int result = run_locked();
+  if (trace_) [[unlikely]]
+    trace_return();
   runner_.store({}, std::memory_order_relaxed);
   lock.unlock();
   struct Leaving {
@@ -145,8 +151,11 @@ int Vcpu::enter_guest() {
   if (tsc_offset_seen_ != cpu_.state.tsc_offset) tsc_moved();
 
   cpu_.exit.kind = ExitKind::none;
+  const u64 began = trace_ ? os::monotonic_ns() : 0;
   if (!guarded([this] { enter_guarded(); })) return run_refused();
   count_engine();
+  if (trace_) [[unlikely]]
+    trace_guest(began);
   return handle_exit();
 }
 
@@ -320,6 +329,7 @@ int Vcpu::exit_internal_error() {
     event.exception_has_error = event.exception_has_payload = false;
     if (cpu_.state.cpl != 0) return go_on;
   }
+  tell_internal_error(cpu_, id_);
   auto& failure = run_->emulation_failure;
   std::memset(&failure, 0, sizeof failure);
   failure.suberror = KVM_INTERNAL_ERROR_EMULATION;

@@ -14,7 +14,8 @@ Vcpu::Vcpu(std::shared_ptr<vm::Vm> vm, u32 id, kvm_run* run)
       id_(id),
       run_(run),
       cpu_(*this),
-      paravirt_(cpu_, vm_->clock(), static_cast<u32>(vm_->get_tsc_khz())) {
+      paravirt_(cpu_, vm_->clock(), static_cast<u32>(vm_->get_tsc_khz())),
+      trace_(Trace::begin(id)) {
   const bool is_boot_cpu = vm_->is_boot_cpu(id);
   if (vm_->has_local_apics()) {
     apic_ = std::make_unique<irqchip::LocalApic>(id, *this, vm_->apic_bus(), vm_->timers(), is_boot_cpu);

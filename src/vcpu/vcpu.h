@@ -20,6 +20,7 @@
 #include "os/fault_guard.h"
 #include "os/signal_handlers.h"
 #include "paravirt/paravirt.h"
+#include "vcpu/trace.h"
 #include "vm/stats.h"
 #include "x86/cpu.h"
 #include "x86/machine.h"
@@ -189,6 +190,13 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   bool needs_reinjection() const;
   void reset_after_init();
 
+  // tracing.cpp
+  void trace_guest(u64 began_ns);
+  void trace_entry();
+  void trace_return();
+  void trace_halt(u64 began_ns);
+  void trace_injection(const char* name, int vector);
+
   // machine.cpp, user_msr.cpp
   bool coalesce(bool pio, u64 address, const void* data, unsigned length) const;
   MsrResult read_own_msr(u32 index, u64& value);
@@ -251,6 +259,10 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   u64 cr8_ = 0;             ///< without a local APIC
   int client_vector_ = -1;  ///< of KVM_INTERRUPT, with a local APIC but no PIC
   vm::VcpuStats stats_;
+  const std::shared_ptr<Trace> trace_;  ///< nullptr: nobody wants one
+  const char* traced_mode_ = nullptr;
+  u64 left_ns_ = 0;  ///< when KVM_RUN returned last
+  u32 left_reason_ = 0;
   int ioapic_eoi_ = -1;  ///< vector whose EOI the client is to hear of
   kvm_coalesced_mmio_ring* coalesced_ring_ = nullptr;
   bool msr_answered_ = false;  ///< kvm_run holds the client's answer for the RDMSR or WRMSR that starts again

@@ -92,6 +92,8 @@ int Vcpu::block() {
     wait(ticket);
     stats_.add(vm::VcpuStat::halt_wait_ns, os::monotonic_ns() - began);
     stats_.set(vm::VcpuStat::blocking, 0);
+    if (trace_) [[unlikely]]
+      trace_halt(began);
   }
   stats_.add(vm::VcpuStat::halt_wakeup);
   accept_init_sipi();

@@ -2,6 +2,7 @@
 """`anykvm run` from the outside: what the program gets (arguments, environment, KVM), and what a terminal is told."""
 
 import argparse
+import json
 import os
 import pathlib
 import pty
@@ -69,6 +70,22 @@ def check_statistics(command, software, client):
     check(run([*software, "--stats", "--", client, "fork"]).stderr.count("anykvm: kvm-") == 2, "a forked child's statistics")
 
 
+def check_trace(software, client, folder):
+    path = folder / "trace"
+    # Two processes write the same file.
+    program = ["sh", "-c", f"{client} run && {client} threads"]
+    result = run([*software, "--trace", path, "--", *program])
+    check(result.returncode == 0 and not result.stderr, "a traced client", result)
+    events = json.loads(path.read_text() + "]")[1:]
+    stays = [event for event in events if event["ph"] == "X"]
+    outs = [event for event in stays if event["args"].get("OUT") == "0x10"]
+    check(len(outs) == 1 and outs[0]["name"] == "guest" and outs[0]["dur"] > 0, "the guest's OUT is not in the trace", outs)
+    check(sum("HLT" in event["args"] for event in stays) == 9, "halts are missing", len(events))
+    check(sum(event["args"].get("IN") == "0x20" for event in stays) == 8000, "exits are missing", len(events))
+    check(len({event["pid"] for event in events}) == 2, "not both processes are in the trace")
+    check(any(event["name"] == "real mode" for event in events), "no mode in the trace")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--anykvm", required=True, type=pathlib.Path)
@@ -111,6 +128,7 @@ def main():
         away = pathlib.Path(folder) / "bin/anykvm"
         away.parent.mkdir()
         shutil.copy(options.anykvm, away)
+        check_trace([*anykvm, "--engine", "interpret"], client, pathlib.Path(folder))
         result = run([away, "run", "--", "true"])
         check(result.returncode == 69 and "libanykvm-preload.so" in result.stderr, "a command without its library", result)
 

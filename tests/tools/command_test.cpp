@@ -154,7 +154,7 @@ struct RunTest : CommandTest {
 TEST_F(RunTest, HelpSaysWhatTheExitCodesMean) {
   const auto help = run("run --help");
   EXPECT_EQ(help.status, 0);
-  for (const char* part : {"--engine", "--quiet", "--stats", "-- PROGRAM", "69", "126", "127"})
+  for (const char* part : {"--engine", "--quiet", "--stats", "--trace", "-- PROGRAM", "69", "126", "127"})
     EXPECT_THAT(help.output, HasSubstr(part));
 }
 
@@ -174,6 +174,12 @@ TEST_F(RunTest, ProgramsThatPreloadDoesNotReachEndWith69) {
   const std::string script = write("script", "#! " + fixed + " -x\n");
   expect_refusal(script, 69, script + " is a script for " + fixed + ", which is statically linked");
   expect_refusal(write("outer", "#!" + script + "\n"), 69, "for " + fixed);
+}
+
+TEST_F(RunTest, ATraceThatCannotBeWrittenEndsWith73) {
+  const auto result = run("run --engine interpret --trace /no/such/folder/trace -- true");
+  EXPECT_EQ(result.status, 73);
+  EXPECT_EQ(result.output, "anykvm: cannot write /no/such/folder/trace: No such file or directory\n");
 }
 
 TEST_F(RunTest, SetuidProgramsEndWith69) {
