@@ -270,14 +270,12 @@ void Translation::emit_chain(const Cold& cold) {
   const u64 unlinked = u64(chain) + sizeof(Chain);
   a_.qword(unlinked);
   a_.qword(unlinked);
-  to_page_offset(address_scratch, -(cold.target & s32(page_mask)));
-  a_.store(offsetof(Context, page_base), address_scratch);
-  a_.move_immediate64(index_scratch, u64(chain));
-  a_.store(offsetof(Context, chain), index_scratch);
-  to_page_offset(address_scratch, cold.target);
+  a_.aim(a_.load_address_later(index_scratch), chain);
+  a_.jump(request_.stubs->chain[request_.mode.vectors]);
+  a_.dword(u32(-(cold.target & s32(page_mask))));
+  a_.dword(u32(cold.target));
   const s32 undo = guests_[cold.guest].what.kind == Kind::call ? 8 : 0;
-  a_.move_immediate32(index_scratch, BranchRequest::encode(guests_[cold.guest].offset, undo, false));
-  a_.jump(request_.stubs->find[request_.mode.vectors]);
+  a_.dword(BranchRequest::encode(guests_[cold.guest].offset, undo, false));
 }
 
 /// Aims the jump at the target's code, or has it leave until there is some.

@@ -264,6 +264,20 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     a.lea(address_scratch, address_scratch, index_scratch, 0, 0);
     a.jump(stubs.leave[vectors]);
 
+    stubs.chain[vectors] = a.here();
+    const auto in_request = [](u32 field) { return s32(sizeof(Chain) + field); };
+    a.store(offsetof(Context, chain), index_scratch);
+    a.push(rcx);
+    a.load(rcx, offsetof(Context, page_base));
+    a.load_signed32(address_scratch, index_scratch, in_request(offsetof(ChainRequest, back)));
+    a.lea(rcx, rcx, address_scratch, 0, 0);
+    a.store(offsetof(Context, page_base), rcx);
+    a.load_signed32(address_scratch, index_scratch, in_request(offsetof(ChainRequest, target)));
+    a.lea(address_scratch, address_scratch, rcx, 0, 0);
+    a.pop(rcx);
+    a.load_from(index_scratch, index_scratch, in_request(offsetof(ChainRequest, branch)), false);
+    a.jump(stubs.find[vectors]);
+
     stubs.check_singly[vectors] = a.here();
     a.pop(address_scratch);
     a.lea(index_scratch, address_scratch, -1, 0, -9);  // a call and the jump's displacement

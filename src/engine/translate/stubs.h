@@ -33,6 +33,9 @@ struct Stubs {
   /// Call here to leave for a place in the page, telling which jump may be aimed at its block: behind the call lies a
   /// LinkRequest.
   u8* link[vector_levels];
+  /// Jump here with an unlinked Chain that has been taken in the index scratch register, behind which lies a
+  /// ChainRequest: goes on as find does.
+  u8* chain[vector_levels];
   /// Call here, right behind the jump that may be aimed at the block, to leave for a place in the page in whose block
   /// each access is checked by itself: behind the call lies its offset, a u16.
   u8* check_singly[vector_levels];
@@ -102,6 +105,13 @@ struct FillRequest {
   static x86::Privilege privilege(u32 request) { return x86::Privilege(request >> 1 & 3); }
 };
 
+/// Behind a Chain: its own way to find the target, and where that is.
+struct [[gnu::packed]] ChainRequest {
+  u8 way[12];
+  s32 back;    ///< from the target's page to that of the jump
+  s32 target;  ///< from the page of the jump
+  u32 branch;  ///< BranchRequest
+};
 struct [[gnu::packed]] LinkRequest {
   s32 site;    ///< where the jump has its displacement, from here
   u16 target;  ///< offset in the page
