@@ -122,5 +122,22 @@ TEST_F(CodeCacheTest, ABlockThatDoesNotFitWritesNowhereElse) {
   EXPECT_TRUE(fits);
 }
 
+TEST(PlaceInBlock, IsReadAsItWasWritten) {
+  static constexpr PlaceInBlock places[] = {{0, 0},      {0, 4095},  {254, 4095}, {509, 4095},      {509, 0},
+                                            {510, 255},  {600, 511}, {855, 512},  {855, 513},       {0xffff, 4000},
+                                            {0xffff, 1}, {3, 2},     {257, 257},  {257 + 254, 512}, {766, 512}};
+  u8 bytes[256];
+  Assembler a(bytes, bytes + sizeof bytes);
+  PlaceWriter writer(a);
+  for (const PlaceInBlock place : places) writer.put(place);
+  ASSERT_FALSE(a.overflowed());
+  PlaceReader reader(bytes);
+  for (const PlaceInBlock place : places) {
+    const PlaceInBlock found = reader.next();
+    EXPECT_EQ(found.code, place.code);
+    EXPECT_EQ(found.offset, place.offset);
+  }
+}
+
 }  // namespace
 }  // namespace anykvm::engine::translate

@@ -63,9 +63,9 @@ class Translated {
       return;
     }
     const u8* end = code + block.code_bytes;
+    PlaceReader places(block.places);
     for (unsigned n = 0; n < block.instructions; ++n) {
-      PlaceInBlock place;
-      std::memcpy(&place, block.places + n * sizeof place, sizeof place);
+      const PlaceInBlock place = places.next();
       if (place.offset >= at && place.offset < behind) continue;
       end = code + place.code;
       break;

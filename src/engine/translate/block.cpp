@@ -536,10 +536,8 @@ BlockCode Translation::run() {
   if (hot.overflowed()) return {};  // the cold parts would be aimed at from where there is nothing
   for (unsigned n = 0; n < cold_count_; ++n) emit_cold(cold_[n]);
   const u8* const places = a_.here();
-  for (unsigned n = 0; n < count_; ++n) {
-    const PlaceInBlock place{u16((n ? after_[n - 1] : begin) - begin), guests_[n].offset};
-    a_.dword(place.code | u32(place.offset) << 16);
-  }
+  PlaceWriter writer(a_);
+  for (unsigned n = 0; n < count_; ++n) writer.put({u16((n ? after_[n - 1] : begin) - begin), guests_[n].offset});
   if (a_.overflowed() || out_of_room_) return {};
   return {{hot.here(), a_.here()}, u32(hot.here() - begin), places, count_, lines_};
 }

@@ -22,6 +22,8 @@ void give_back(T* at, std::size_t count) {
   madvise(at, count * sizeof(T), MADV_DONTNEED);
 }
 
+constexpr u8 place_escape = 0xff;
+
 u32 mix(u64 value) { return u32((value * 0x9e3779b97f4a7c15) >> 40); }
 u32 tag_of(u64 address, unsigned mode) { return u32(address * 32 + mode); }
 
@@ -138,11 +140,36 @@ const Block* CodeCache::block_with(const u8* host) const {
   return host < block.code + block.code_bytes ? &block : nullptr;
 }
 
+PlaceInBlock PlaceReader::next() {
+  if (*at_ != place_escape) {
+    last_.code = u16(last_.code + at_[0]);
+    last_.offset = u16(last_.offset + at_[1]);
+    at_ += 2;
+  } else {
+    std::memcpy(&last_.code, at_ + 1, 2);
+    std::memcpy(&last_.offset, at_ + 3, 2);
+    at_ += 5;
+  }
+  return last_;
+}
+
+void PlaceWriter::put(PlaceInBlock place) {
+  const int code = place.code - last_.code, offset = place.offset - last_.offset;
+  if (code >= 0 && code < place_escape && offset >= 0 && offset <= 0xff) {
+    to_.word(u32(code | offset << 8));
+  } else {
+    to_.byte(place_escape);
+    to_.word(place.code);
+    to_.word(place.offset);
+  }
+  last_ = place;
+}
+
 int CodeCache::instruction_at(const Block& block, const u8* host) {
   int found = -1;
+  PlaceReader places(block.places);
   for (u32 n = 0; n < block.instructions; ++n) {
-    PlaceInBlock place;
-    std::memcpy(&place, block.places + n * sizeof place, sizeof place);
+    const PlaceInBlock place = places.next();
     if (block.code + place.code > host) break;
     found = place.offset;
   }

@@ -15,7 +15,7 @@ struct Block {
   u8* code = nullptr;
   u32 next_in_page = 0;
   u32 code_bytes = 0;
-  const u8* places = nullptr;  ///< its PlaceInBlocks
+  const u8* places = nullptr;  ///< for a PlaceReader
   u16 instructions = 0;        ///< as many PlaceInBlocks
   u8 mode = 0;
   u8 generation = 0;  ///< how many blocks were made for the place before it, which supersedes them; 0 for those
@@ -23,8 +23,29 @@ struct Block {
 
 /// Where the code of one guest instruction begins, and the instruction.
 struct PlaceInBlock {
-  u16 code;    ///< from the block's first byte
-  u16 offset;  ///< in the guest's page
+  u16 code = 0;    ///< from the block's first byte
+  u16 offset = 0;  ///< in the guest's page
+};
+
+/// A block's, one behind the other in memory: two bytes say how far each is from the one before, or, where that is too
+/// far, an escape and all of it.
+class PlaceReader {
+ public:
+  explicit PlaceReader(const u8* at) : at_(at) {}
+  PlaceInBlock next();
+
+ private:
+  const u8* at_;
+  PlaceInBlock last_;
+};
+class PlaceWriter {
+ public:
+  explicit PlaceWriter(Assembler& to) : to_(to) {}
+  void put(PlaceInBlock place);
+
+ private:
+  Assembler& to_;
+  PlaceInBlock last_;
 };
 
 /// A superseding block (crossing.cpp) that runs only if another has its code at the place that it knows has minus that
@@ -56,7 +77,7 @@ struct CodeRoom {
 
 class CodeCache {
  public:
-  static constexpr std::size_t default_bytes = 64u << 20, least_bytes = 4u << 20, most_bytes = 1u << 30;
+  static constexpr std::size_t default_bytes = 128u << 20, least_bytes = 4u << 20, most_bytes = 1u << 30;
   static constexpr u32 segments = 8;
   static constexpr u32 max_blocks = 1u << 18, max_pages = 1u << 14;
   /// A page rewritten more often than this in about a third of a second is not worth it for the rest of that time, or
@@ -117,7 +138,7 @@ class CodeCache {
   };
   static u32 block_slot(u64 address, unsigned mode);
   u8* hot_of(u32 segment) const { return code_ + segment * segment_bytes_; }
-  u8* cold_of(u32 segment) const { return hot_of(segment) + segment_bytes_ / 16 * 9; }
+  u8* cold_of(u32 segment) const { return hot_of(segment) + segment_bytes_ / 16 * 11; }
   void forget(CodePage& page);
   void remove(u32 number);
 
