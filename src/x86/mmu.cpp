@@ -166,6 +166,12 @@ void Mmu::flush_all() {
   last_global_flush_ = flush_count_;
 }
 
+void Mmu::forbid_stores(const u8* host_page) {
+  for (const Privilege privilege : {Privilege::user, Privilege::supervisor, Privilege::supervisor_ac})
+    for (TlbEntry& entry : table_[unsigned(privilege)])
+      if ((entry.write & page_mask) + entry.addend == reinterpret_cast<u64>(host_page)) entry.write = 0;
+}
+
 int Mmu::pages_flushed_since(u64 since, Gva (&pages)[most_pages_told]) const {
   if (last_wide_flush_ > since || flush_count_ - since > most_pages_told) return -1;
   int count = 0;

@@ -104,6 +104,11 @@ class CodeCache {
   /// CodePage.
   Block* add(CodePage& page, u64 address, unsigned mode, CodeRoom used, u32 code_bytes, const u8* places,
              u32 instructions, u64 lines);
+  /// Calls f for each block of the page, superseded ones too.
+  template <class F>
+  void for_each_block(const CodePage& page, F f) const {
+    for (u32 number = page.first_block; number; number = blocks_[number].next_in_page) f(blocks_[number]);
+  }
   /// The block, dropped or not, that has its code at `host`; nullptr: none. Async-signal-safe.
   const Block* block_with(const u8* host) const;
   /// The offset in its page of the guest instruction whose hot code is at `host`; -1: none. Async-signal-safe.

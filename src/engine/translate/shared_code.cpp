@@ -97,7 +97,8 @@ void SharedCode::written(u64 page) {
   std::atomic<u8>& state = state_of(page);
   if (state.load() == is_writable) return;
   if (state.exchange(is_writable) != is_code) return;
-  write_count.fetch_add(1);
+  // Its own is nothing to be told of, but there may have been others before.
+  if (write_count.fetch_add(1) == writes_seen_) ++writes_seen_;
   tell_others();
 }
 
@@ -109,8 +110,12 @@ bool SharedCode::watch(u64 page) {
   if (member_) member_->waiting.store(true);  // before anybody can have served it
   const u64 number = request_count.fetch_add(1);
   requests[number % requests_kept].store((page & page_mask) | (number & number_bits));
+  const bool waits_already = last_watch_;
   last_watch_ = number + 1;
   tell_others();
+  // Its own TLB is the caller's business. When no other has anything to serve, what is read from now on is right.
+  if (member_ && member_->served.load(std::memory_order_relaxed) == number) member_->served.store(number + 1);
+  if (!waits_already && settled()) stop_waiting();
   return own_[own_bit(page) / 64] >> own_bit(page) % 64 & 1;
 }
 
@@ -119,22 +124,24 @@ bool SharedCode::is_quiet() const {
          write_count.load() == writes_seen_ && !last_watch_;
 }
 
-bool SharedCode::must_flush() {
-  if (!member_) return false;
+unsigned SharedCode::newly_watched(u64 (&pages)[few]) {
+  if (!member_) return 0;
   const u64 count = request_count.load(), served = member_->served.load(std::memory_order_relaxed);
   if (count == served) [[likely]]
-    return false;
-  bool may_store = count - served > requests_kept;
-  for (u64 number = served; number != count && !may_store; ++number) {
+    return 0;
+  unsigned found = count - served > requests_kept ? few + 1 : 0;
+  for (u64 number = served; number != count && found <= few; ++number) {
     const u64 request = requests[number % requests_kept].load();
     // One that is not there yet, or not any more, may be of any page.
-    may_store =
-        (request & number_bits) != (number & number_bits) || (own_[own_bit(request) / 64] >> own_bit(request) % 64 & 1);
+    if ((request & number_bits) != (number & number_bits))
+      found = few + 1;
+    else if (own_[own_bit(request) / 64] >> own_bit(request) % 64 & 1 && ++found <= few)
+      pages[found - 1] = request & page_mask;
   }
-  if (may_store) std::memset(own_, 0, sizeof own_);
+  if (found > few) std::memset(own_, 0, sizeof own_);
   member_->served.store(count);
   tell_waiting();
-  return may_store;
+  return found;
 }
 
 bool SharedCode::settled() const {
@@ -146,6 +153,11 @@ bool SharedCode::settled() const {
   return true;
 }
 
+void SharedCode::stop_waiting() {
+  last_watch_ = 0;
+  if (member_) member_->waiting.store(false);
+}
+
 bool SharedCode::is_stale(bool serialized) {
   const u64 writes = write_count.load();
   bool stale = writes != writes_seen_;
@@ -154,10 +166,7 @@ bool SharedCode::is_stale(bool serialized) {
     // Until the others have served it, a store may slip through behind a comparison.
     const bool over = settled();
     stale |= over || serialized;
-    if (over) {
-      last_watch_ = 0;
-      if (member_) member_->waiting.store(false);
-    }
+    if (over) stop_waiting();
   }
   return stale;
 }

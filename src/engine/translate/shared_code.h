@@ -31,17 +31,18 @@ class SharedCode {
   /// The TLB is going to let stores to this page through.
   void written(u64 page);
   /// From now on stores to the page will be told. Comes before its bytes are read, or compared. true: this vCPU's own
-  /// TLB may let some through and must be flushed.
+  /// TLB may let some through, which it must not any more.
   [[nodiscard]] bool watch(u64 page);
   /// Whether watch() would find nothing to do.
   [[nodiscard]] static bool is_watched(u64 page);
-  /// Whether the TLB may let stores through to pages that others have begun to watch: flush it. Those who wait for that
-  /// are told.
-  [[nodiscard]] bool must_flush();
+  /// How many pages others have begun to watch that the TLB may let stores through to, which it must not any more:
+  /// those in `pages`, or when there are more than fit, any. Those who wait for that are told.
+  static constexpr unsigned few = 4;
+  [[nodiscard]] unsigned newly_watched(u64 (&pages)[few]);
   /// Whether code may have been written that was not told of before. serialized: the guest has executed an instruction
   /// behind which it must see all that was written before.
   [[nodiscard]] bool is_stale(bool serialized);
-  /// Whether must_flush() and is_stale() have nothing to say.
+  /// Whether newly_watched() and is_stale() have nothing to say.
   [[nodiscard]] bool is_quiet() const;
 
  private:
@@ -54,6 +55,7 @@ class SharedCode {
   static constexpr unsigned own_bits = 1u << 16;
   static constexpr unsigned own_bit(u64 page) { return unsigned(page >> 12) % own_bits; }
   bool settled() const;
+  void stop_waiting();
 
   Member* member_ = nullptr;
   u64 writes_seen_ = 0;

@@ -202,6 +202,28 @@ void Translator::flush_page(Gva page) {
     }
 }
 
+/// Of all TLBs: the reference engine's, too.
+void Translator::forbid_stores(u64 page) {
+  cpu_->mmu.forbid_stores(reinterpret_cast<const u8*>(page));
+  for (auto& table : context_->tlb)
+    for (unsigned slot = 0; slot < tlb_entries; ++slot)
+      if (table[slot].host == page) table[slot].minus_write = minus_other_page(slot);
+}
+
+/// Its blocks go, and every way to them: others jump to them through the jump cache alone.
+void Translator::drop(CodePage& page) {
+  cache_.for_each_block(page, [this](const Block& block) {
+    if (block.mode >= Mode::count) return;
+    // The slots of all guest pages that it may lie in.
+    for (unsigned slot = jump_slot(block.address & ~page_mask); slot < jump_entries; slot += page_size / 2) {
+      Jump& jump = context_->jumps[block.mode][slot];
+      if (jump.code == u64(block.code)) jump.minus_rip = slot == 0;
+    }
+  });
+  cache_.drop(page);
+  context_->link_site = 0;
+}
+
 void Translator::refresh_segments() {
   context_->fs_base = cpu_->state.segment[x86::fs].base;
   context_->gs_base = cpu_->state.segment[x86::gs].base;
@@ -214,8 +236,7 @@ void Translator::page_written(const u8* host) {
   shared_.written(u64(host) & page_mask);
   CodePage* page = cache_.find_page(u64(host) & page_mask);
   if (!page || !page->first_block) return;
-  cache_.drop(*page);
-  flush_jumps();
+  drop(*page);
   code_dropped_ = true;
 }
 
@@ -256,15 +277,10 @@ Block* Translator::block_at_rip(bool single_checks) {
     if (page && cache_.is_too_lively(*page)) return nullptr;
     if (page && newly_mapped) page->verified = page->copied = 0;
     // From now on a store into the page must be noticed: no TLB entry may let one through.
-    if (page && (!page->first_block || page->verified != epoch_) && shared_.watch(page->address)) {
-      cpu_->mmu.flush_all();
-      follow_flushes();
-    }
+    if (page && (!page->first_block || page->verified != epoch_) && shared_.watch(page->address))
+      forbid_stores(page->address);
     if (page && page->first_block && page->verified != epoch_) {
-      if (!cache_.is_unchanged(*page)) {
-        cache_.drop(*page);
-        flush_jumps();
-      }
+      if (!cache_.is_unchanged(*page)) drop(*page);
       page->verified = epoch_;
     }
     Block* block = page ? cache_.find(address, block_mode(single_checks)) : nullptr;
@@ -454,7 +470,12 @@ void Translator::limit_blocks(unsigned instructions) {
 
 bool Translator::run_once() {
   code_dropped_ = false;
-  if (shared_.must_flush()) cpu_->mmu.flush_all();
+  u64 watched[SharedCode::few];
+  const unsigned watched_count = shared_.newly_watched(watched);
+  if (watched_count > std::size(watched))
+    cpu_->mmu.flush_all();
+  else
+    for (unsigned n = 0; n < watched_count; ++n) forbid_stores(watched[n]);
   if (shared_.is_stale(std::exchange(serialized_, false))) {
     ++epoch_;
     flush_jumps();

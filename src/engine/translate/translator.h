@@ -70,6 +70,9 @@ class Translator final : public Engine {
   void flush_jumps();
   void flush_listed_jumps(bool global);
   void flush_page(Gva page);
+  /// A page of the host's: the next store to it is told.
+  void forbid_stores(u64 page);
+  void drop(CodePage& page);
   static constexpr unsigned jump_page_bits = 1u << 16;
   static constexpr unsigned jump_page_bit(Gva page) { return unsigned(page >> 12 ^ page >> 24) % jump_page_bits; }
   void note_jump(u64 rip, CodePage& page, const Block& block);
