@@ -40,12 +40,11 @@ class Machine:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.more = threading.Condition()
         threading.Thread(target=self.read_console, daemon=True).start()
-        while not self.path.exists():
-            self.check(self.process.poll() is None, "QEMU ended at its start")
-            time.sleep(0.01)
         self.monitor = socket.socket(socket.AF_UNIX)
         self.monitor.settimeout(120)
-        self.monitor.connect(str(self.path))
+        while not self.connect():
+            self.check(self.process.poll() is None, "QEMU ended at its start")
+            time.sleep(0.01)
         self.replies = self.monitor.makefile()
         self.events = []
         self.replies.readline()
@@ -57,6 +56,13 @@ class Machine:
     def __exit__(self, *unused):
         self.process.kill()
         self.process.wait()
+
+    def connect(self):
+        try:
+            self.monitor.connect(str(self.path))
+            return True
+        except (FileNotFoundError, ConnectionRefusedError):  # there a little before QEMU listens
+            return False
 
     def read_console(self):
         while part := os.read(self.process.stdout.fileno(), 1 << 16):
