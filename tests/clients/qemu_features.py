@@ -167,13 +167,16 @@ def e1000(options, folder):
 
 
 def reset(options, folder):
-    """The machine starts again, five times, from its firmware on."""
+    """The machine starts again, five times, from its firmware on, and leaves nothing behind."""
     line = [*accelerated(options), "-smp", "2", *direct(options, folder, "echo up; sleep 1000")]
     with Machine(folder, "qemu", line) as machine:
         at = machine.wait_for("up\n")
+        before = machine.resources()
         for _ in range(5):
             machine.command("system_reset")
             at = machine.wait_for("up\n", at)
+        after = machine.resources()
+        machine.check(after == before, f"descriptors and threads were {before} and are {after}")
         machine.command("quit")
         machine.end()
 

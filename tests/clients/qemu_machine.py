@@ -108,6 +108,10 @@ class Machine:
                 self.events.append(reply["event"])
         self.events.remove(name)
 
+    def resources(self):
+        """How many descriptors and threads QEMU has."""
+        return [len(os.listdir(f"/proc/{self.process.pid}/{folder}")) for folder in ("fd", "task")]
+
     def end(self, seconds=280):
         """Waits until QEMU ends by itself."""
         try:
