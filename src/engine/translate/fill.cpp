@@ -104,9 +104,18 @@ bool Translator::find(u64 rip) {
   const Block* block = cache_.find(u64(host), mode_.number());
   if (!block) return false;
   note_jump(rip, *page, *block);
+  aim_link(*block);
   context_->enter_at = u64(block->code);
   context_->page_base = rip & page_mask;
   return true;
+}
+
+void Translator::aim_link(const Block& block) {
+  const u64 site = context_->link_site;
+  context_->link_site = 0;
+  if (!site) return;
+  const s32 distance = s32(block.code - (reinterpret_cast<u8*>(site) + sizeof distance));
+  std::memcpy(reinterpret_cast<void*>(site), &distance, sizeof distance);
 }
 
 /// Copied by hand: memcpy() may use vector registers.

@@ -259,6 +259,10 @@ Stubs emit_stubs(Assembler& a, bool whole) {
     a.lea(index_scratch, index_scratch, address_scratch, 0, 0);
     a.store(offsetof(Context, link_site), index_scratch);
     a.load_word(index_scratch, address_scratch, offsetof(LinkRequest, target));
+    a.load(address_scratch, offsetof(Context, page_base));
+    a.lea(address_scratch, address_scratch, index_scratch, 0, 0);
+    a.jump(stubs.find[vectors]);
+
     stubs.leave_at[vectors] = a.here();
     a.load(address_scratch, offsetof(Context, page_base));
     a.lea(address_scratch, address_scratch, index_scratch, 0, 0);

@@ -30,8 +30,8 @@ struct Stubs {
   u8* take_back[vector_levels];
   /// Jump here with an offset in the page in the index scratch register: leaves to go on there.
   u8* leave_at[vector_levels];
-  /// Call here to leave for a place in the page, telling which jump may be aimed at its block: behind the call lies a
-  /// LinkRequest.
+  /// Call here to go on at a place in the page as find does, telling which jump may be aimed at its block: behind the
+  /// call lies a LinkRequest.
   u8* link[vector_levels];
   /// Jump here with an unlinked Chain that has been taken in the index scratch register, behind which lies a
   /// ChainRequest: goes on as find does.

@@ -485,7 +485,7 @@ bool Translator::run_once() {
   const u8 wants_vectors = u8(std::exchange(context_->wants_vectors, 0));
   mode_ = next_mode(wants_vectors);
   const bool single_checks = std::exchange(context_->wants_checks, 0);
-  const u64 link_site = mode_.number() == mode_before ? context_->link_site : 0;
+  if (mode_.number() != mode_before) context_->link_site = 0;
   // An instruction in which the host raised an exception: the reference engine finds out why, and what the guest
   // gets.
   const bool faulted = std::exchange(context_->faulted, 0);
@@ -501,11 +501,7 @@ bool Translator::run_once() {
     serialized_ = true;
     return cpu_->exit.kind == ExitKind::none;
   }
-  if (link_site && context_->link_site == link_site) {
-    const s32 distance = s32(block->code - (reinterpret_cast<u8*>(link_site) + 4));
-    std::memcpy(reinterpret_cast<void*>(link_site), &distance, sizeof distance);
-  }
-  context_->link_site = 0;
+  aim_link(*block);
   context_->page_base = cpu_->state.rip & page_mask;
   context_->enter_at = u64(block->code);
   cpu_->state.other_flags &= ~x86::flag::rf;  // no breakpoint is armed

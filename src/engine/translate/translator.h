@@ -75,6 +75,8 @@ class Translator final : public Engine {
   void drop(CodePage& page);
   static constexpr unsigned jump_page_bits = 1u << 16;
   static constexpr unsigned jump_page_bit(Gva page) { return unsigned(page >> 12 ^ page >> 24) % jump_page_bits; }
+  /// Aims the jump that Context::link_site names at the block.
+  void aim_link(const Block& block);
   void note_jump(u64 rip, CodePage& page, const Block& block);
   /// Code of the page is going to run at rip.
   void note_place(u64 rip, CodePage& page);
