@@ -2,7 +2,9 @@
 #include "engine/translate/decoder.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
+#include <algorithm>
 #include <random>
 
 #include "engine/patient_translator.h"
@@ -74,12 +76,32 @@ TEST_F(DecoderTest, SaysOfRandomBytesWhatZydisSays) {
 }
 
 TEST_F(DecoderTest, LooksAtNothingBehindWhatIsThere) {
-  static constexpr u8 bytes[15] = {0x48, 0x8b, 0x84, 0x88, 0x78, 0x56, 0x34, 0x12};  // mov rax, [rax + rcx * 4 + ...]
+  void* const map = mmap(nullptr, 2 * page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(map, MAP_FAILED);
+  u8* const end = static_cast<u8*>(map) + page_size;
+  ASSERT_EQ(mprotect(end, page_size, PROT_NONE), 0);
+  static constexpr u8 prefixes[] = {0x66, 0xf2, 0xf0, 0x64};
   GuestInstruction g;
-  ASSERT_TRUE(decoder.decode(bytes, sizeof bytes, false, g));
-  EXPECT_EQ(g.length, 8);
-  EXPECT_TRUE(decoder.decode(bytes, 8, false, g));
-  for (unsigned available = 0; available < 8; ++available) EXPECT_FALSE(decoder.decode(bytes, available, false, g));
+  for (unsigned n = 0; n < 100'000; ++n) {
+    u8* const bytes = end - random() % 16;
+    for (u8* byte = bytes; byte < end; ++byte) *byte = u8(random());
+    for (unsigned at = 0, many = random() % 5; at < many && bytes + at < end; ++at) bytes[at] = prefixes[at];
+    const bool decoded = decoder.decode(bytes, unsigned(end - bytes), false, g);
+    EXPECT_TRUE(!decoded || g.length <= end - bytes);
+  }
+  static constexpr u8 move[] = {0x48, 0x8b, 0x84, 0x88, 0x78, 0x56, 0x34, 0x12};  // mov rax, [rax + rcx * 4 + ...]
+  for (unsigned available = 0; available <= sizeof move; ++available) {
+    std::copy_n(move, available, end - available);
+    EXPECT_EQ(decoder.decode(end - available, available, false, g), available == sizeof move);
+  }
+  // xacquire lock add qword fs:[rax], imm32 is remembered; with [rsp + disp32] it would have 16 bytes.
+  static constexpr u8 add[15] = {0x66, 0xf2, 0xf0, 0x64, 0x48, 0x81, 0x00},
+                      too_long[15] = {0x66, 0xf2, 0xf0, 0x64, 0x48, 0x81, 0x84, 0x24};
+  std::ranges::copy(add, end - sizeof add);
+  EXPECT_TRUE(decoder.decode(end - sizeof add, sizeof add, false, g));
+  std::ranges::copy(too_long, end - sizeof too_long);
+  EXPECT_FALSE(decoder.decode(end - sizeof too_long, sizeof too_long, false, g));
+  munmap(map, 2 * page_size);
 }
 
 }  // namespace

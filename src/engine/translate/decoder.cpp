@@ -3,8 +3,11 @@
 // but for what stands in the fields of ModRM, SIB, REX, displacement and immediate.
 #include "engine/translate/decoder.h"
 
+#include <sys/mman.h>
+
 #include <array>
 #include <cstring>
+#include <new>
 
 namespace anykvm::engine::translate {
 
@@ -166,6 +169,15 @@ void read_registers(unsigned rex, unsigned opcode, unsigned modrm, GuestInstruct
 }
 
 }  // namespace
+
+Decoder::Decoder() {
+  void* const at = mmap(nullptr, shape_count * sizeof(Shape), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) throw std::bad_alloc();
+  shapes_ = static_cast<Shape*>(at);
+}
+
+Decoder::~Decoder() { munmap(shapes_, shape_count * sizeof(Shape)); }
 
 bool Decoder::decode_with_zydis(const u8* bytes, unsigned available, bool supervisor, Shape* shape, u32 key,
                                 GuestInstruction& out) {

@@ -1,8 +1,6 @@
 // Decodes guest instructions, most of them without Zydis.
 #pragma once
 
-#include <memory>
-
 #include "engine/translate/analysis.h"
 
 namespace anykvm::engine::translate {
@@ -12,7 +10,10 @@ namespace anykvm::engine::translate {
 /// is to know.
 class Decoder {
  public:
-  Decoder() : shapes_(std::make_unique<Shape[]>(shape_count)) {}
+  Decoder();
+  ~Decoder();
+  Decoder(const Decoder&) = delete;
+  Decoder& operator=(const Decoder&) = delete;
 
   /// The instruction at `bytes`; those behind `available` are not looked at. supervisor: of code at CPL 0, else at
   /// CPL 3. false: it is undefined, or goes on behind `available`; `out` may have changed then.
@@ -20,15 +21,15 @@ class Decoder {
 
  private:
   struct alignas(64) Shape {
-    u32 key = 0;  ///< 0: none
-    GuestInstruction instruction{};
+    u32 key;  ///< 0: none
+    GuestInstruction instruction;
   };
   static constexpr unsigned shape_bits = 11, shape_count = 1u << shape_bits;
 
   bool decode_with_zydis(const u8* bytes, unsigned available, bool supervisor, Shape* shape, u32 key,
                          GuestInstruction& out);
 
-  std::unique_ptr<Shape[]> shapes_;
+  Shape* shapes_;  ///< [shape_count], mapped lazily
 };
 
 }  // namespace anykvm::engine::translate
