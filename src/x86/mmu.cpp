@@ -166,10 +166,10 @@ void Mmu::flush_all() {
   last_global_flush_ = flush_count_;
 }
 
-void Mmu::forbid_stores(const u8* host_page) {
+void Mmu::forbid_stores(u64 host_page, u64 mask) {
   for (const Privilege privilege : {Privilege::user, Privilege::supervisor, Privilege::supervisor_ac})
     for (TlbEntry& entry : table_[unsigned(privilege)])
-      if ((entry.write & page_mask) + entry.addend == reinterpret_cast<u64>(host_page)) entry.write = 0;
+      if (!((((entry.write & page_mask) + entry.addend) ^ host_page) & mask)) entry.write = 0;
 }
 
 int Mmu::pages_flushed_since(u64 since, Gva (&pages)[most_pages_told]) const {

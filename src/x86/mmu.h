@@ -72,8 +72,9 @@ class Mmu {
   void flush_context(u16 pcid);
   void flush_page(Cpu& cpu, Gva gva);  ///< in every address space, global or not
 
-  /// Stores to a page of the host's come to translate() again, whatever guest address they have.
-  void forbid_stores(const u8* host_page);
+  /// Stores to the pages of the host's whose address has these bits come to translate() again, whatever guest address
+  /// they have. mask: which bits of the address count.
+  void forbid_stores(u64 host_page, u64 mask);
 
   /// Changes with every flush and switch: what was derived from the TLB before is to be derived again.
   u64 flush_count() const { return flush_count_; }

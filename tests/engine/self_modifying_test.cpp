@@ -1,5 +1,6 @@
 // Code that is written through other addresses than it runs at, by stores that translated code makes.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 
@@ -8,6 +9,8 @@
 
 namespace anykvm::engine {
 namespace {
+
+using translate::SharedCode;
 
 class SelfModifyingTest : public testing::Test, protected x86::LongMode {
  protected:
@@ -34,6 +37,32 @@ class SelfModifyingTest : public testing::Test, protected x86::LongMode {
 
   std::unique_ptr<Engine> engine = make_patient_translator();
 };
+
+/// Pages are told apart by the low 32 bits of the host's address.
+TEST_F(SelfModifyingTest, AStoreToAPageThatSharesItsStateIsNoticed) {
+  constexpr u64 distance = SharedCode::address_bits + 1;
+  void* const far = mmap(machine.base + distance, 16 * page_size, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+  ASSERT_EQ(far, machine.base + distance) << "something is there";
+  machine.size = distance + 16 * page_size;
+  constexpr Gva twin = aliases[1];
+  map(twin, written + distance, x86::pte::p | x86::pte::w);
+  put(written + distance, {0xb8, 0, 0, 0, 0, 0xf4});
+  for (u32 n = 1; n < 60; ++n) {
+    // The one is written, the other translated, then the one, and written again.
+    for (const u32 value : {n, n + 100}) {
+      cpu.state.gpr[x86::rcx] = twin + 1;
+      cpu.state.gpr[x86::rdx] = value;
+      cpu.state.gpr[x86::rbx] = value == n ? written : twin;
+      run();
+      cpu.state.gpr[x86::rbx] = twin;
+      cpu.state.gpr[x86::rcx] = 0x9000;
+      run();
+      EXPECT_EQ(cpu.state.gpr[x86::rax], value);
+    }
+  }
+  munmap(far, 16 * page_size);
+}
 
 TEST_F(SelfModifyingTest, AStoreByAnyAddressIsNoticed) {
   for (u32 n = 1; n < 60; ++n) {

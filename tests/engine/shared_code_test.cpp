@@ -58,6 +58,27 @@ TEST_F(SharedCodeTest, TheLastToServeARequestTellsWhoMadeIt) {
   EXPECT_TRUE(reader.code.is_stale(false));
 }
 
+TEST_F(SharedCodeTest, ItsOwnStoreIsNoNewsUnlessAnotherPageIsWatchedNoMore) {
+  constexpr u64 twin = page + SharedCode::address_bits + 1;
+  const auto watch = [&](u64 at) { (void)reader.code.watch(at); };
+  reader.code.written(page);
+  (void)reader.code.is_stale(false);
+  watch(page);
+  (void)writer.newly_watched(), (void)other.newly_watched(), (void)reader.newly_watched();
+  (void)reader.code.is_stale(false);
+  reader.code.written(page);
+  EXPECT_FALSE(reader.code.is_stale(false));
+  EXPECT_TRUE(writer.code.is_stale(false));
+  watch(page);
+  (void)writer.newly_watched(), (void)other.newly_watched(), (void)reader.newly_watched();
+  (void)reader.code.is_stale(false);
+  watch(twin);
+  EXPECT_TRUE(SharedCode::is_watched(page) && SharedCode::is_watched(twin));
+  reader.code.written(twin);
+  EXPECT_FALSE(SharedCode::is_watched(page) || SharedCode::is_watched(twin));
+  EXPECT_TRUE(reader.code.is_stale(false));
+}
+
 TEST_F(SharedCodeTest, WhoWaitsForNothingIsLeftAlone) {
   watch_during_a_store();
   (void)other.told();

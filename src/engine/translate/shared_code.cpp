@@ -8,18 +8,22 @@ namespace anykvm::engine::translate {
 
 namespace {
 
-constexpr u8 is_code = 1, is_writable = 2;
-constexpr unsigned most_members = 4096, page_states = 1u << 20, requests_kept = 256;
+// The state of the pages whose addresses agree in the low bits: writable, or code, with the upper bits of the one that
+// is.
+constexpr u32 is_writable = 1, is_code = 2, of_several = ~0u;
+constexpr u32 code_of(u64 page) { return u32(page >> 32) << 2 | is_code; }
+constexpr bool is_any_code(u32 state) { return state & is_code; }
+constexpr unsigned most_members = 4096, page_states = (SharedCode::address_bits >> 12) + 1, requests_kept = 256;
 constexpr u64 number_bits = page_size - 1;
 
-std::atomic<u8> states[page_states];
+std::atomic<u32> states[page_states];
 /// Pages that somebody began to watch, each with its number's low bits in those of the address.
 std::atomic<u64> requests[requests_kept];
 std::atomic<u64> request_count{0};
 /// How often a page of code has become writable.
 std::atomic<u64> write_count{0};
 
-std::atomic<u8>& state_of(u64 page) { return states[(page >> 12) % page_states]; }
+std::atomic<u32>& state_of(u64 page) { return states[(page >> 12) % page_states]; }
 
 }  // namespace
 
@@ -94,19 +98,29 @@ void SharedCode::tell_waiting() const {
 
 void SharedCode::written(u64 page) {
   own_[own_bit(page) / 64] |= 1ull << own_bit(page) % 64;
-  std::atomic<u8>& state = state_of(page);
+  std::atomic<u32>& state = state_of(page);
   if (state.load() == is_writable) return;
-  if (state.exchange(is_writable) != is_code) return;
-  // Its own is nothing to be told of, but there may have been others before.
-  if (write_count.fetch_add(1) == writes_seen_) ++writes_seen_;
+  const u32 before = state.exchange(is_writable);
+  if (!is_any_code(before)) return;
+  // Its own is nothing to be told of, but there may have been others before, or other pages that are watched no more.
+  const bool is_next = write_count.fetch_add(1) == writes_seen_;
+  if (is_next && before == code_of(page)) ++writes_seen_;
   tell_others();
 }
 
-bool SharedCode::is_watched(u64 page) { return state_of(page).load() == is_code; }
+bool SharedCode::is_watched(u64 page) {
+  const u32 state = state_of(page).load();
+  return state == code_of(page) || state == of_several;
+}
 
 bool SharedCode::watch(u64 page) {
-  std::atomic<u8>& state = state_of(page);
-  if (state.load() == is_code || state.exchange(is_code) != is_writable) return false;
+  std::atomic<u32>& state = state_of(page);
+  u32 before = state.load(), now;
+  do {
+    if (before == code_of(page) || before == of_several) return false;
+    now = is_any_code(before) ? of_several : code_of(page);
+  } while (!state.compare_exchange_weak(before, now));
+  if (before != is_writable) return false;
   if (member_) member_->waiting.store(true);  // before anybody can have served it
   const u64 number = request_count.fetch_add(1);
   requests[number % requests_kept].store((page & page_mask) | (number & number_bits));

@@ -7,7 +7,7 @@
 // or at once where they execute a serializing instruction.
 //
 // Everything is lock-free and allocates nothing. The state of a page is kept by the low bits of its host address: pages
-// that share a byte only make each other slower.
+// that share one only make each other slower.
 #pragma once
 
 #include <atomic>
@@ -27,6 +27,10 @@ class SharedCode {
   /// Guest code is going to run; attention is what makes it stop, the same in every call.
   void enter(std::atomic<u32>& attention);
   void leave();
+
+  /// The low bits of a page's address: pages in which they agree are one here. So a TLB must not let stores through to
+  /// any of them once one is watched.
+  static constexpr u64 address_bits = (1ull << 32) - 1;
 
   /// The TLB is going to let stores to this page through.
   void written(u64 page);

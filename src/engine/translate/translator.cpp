@@ -204,10 +204,10 @@ void Translator::flush_page(Gva page) {
 
 /// Of all TLBs: the reference engine's, too.
 void Translator::forbid_stores(u64 page) {
-  cpu_->mmu.forbid_stores(reinterpret_cast<const u8*>(page));
+  cpu_->mmu.forbid_stores(page, SharedCode::address_bits);
   for (auto& table : context_->tlb)
     for (unsigned slot = 0; slot < tlb_entries; ++slot)
-      if (table[slot].host == page) table[slot].minus_write = minus_other_page(slot);
+      if (!((table[slot].host ^ page) & SharedCode::address_bits)) table[slot].minus_write = minus_other_page(slot);
 }
 
 /// Its blocks go, and every way to them: others jump to them through the jump cache alone.

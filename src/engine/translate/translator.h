@@ -70,7 +70,7 @@ class Translator final : public Engine {
   void flush_jumps();
   void flush_listed_jumps(bool global);
   void flush_page(Gva page);
-  /// A page of the host's: the next store to it is told.
+  /// A page of the host's, and those that SharedCode takes for the same: the next store to them is told.
   void forbid_stores(u64 page);
   void drop(CodePage& page);
   static constexpr unsigned jump_page_bits = 1u << 16;
