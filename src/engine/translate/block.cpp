@@ -311,26 +311,24 @@ void Translation::emit_jump_if(const Guest& g, unsigned n) {
 void Translation::indirect(unsigned n, s32 undo, bool restores) {
   constexpr Register rcx = x86::rcx;
   const u32 jumps = u32(offsetof(Context, jumps) + request_.mode.number() * sizeof(Context::jumps[0]));
-  a_.store(offsetof(Context, temporary), rcx);
+  a_.push(rcx);
   a_.load(rcx, offsetof(Context, attention));
   a_.bytes(0x8b, 0x09);  // mov ecx, [rcx]
-  u8* calm = a_.jump_if_rcx_zero_later();
-  u8* miss = a_.jump_later();
-  a_.aim_short(calm);
   a_.extract_bits(index_scratch, address_scratch, offsetof(Context, jump_index_bits));
-  static_assert(sizeof(Jump) == 4 * 8);
-  a_.lea(index_scratch, -1, index_scratch, 2, 0);
+  // With attention this is one word behind the entry, and what is compared with RIP never is alike.
+  static_assert(sizeof(Jump) == 4 * 8 && offsetof(Jump, never_minus_rip) == offsetof(Jump, minus_rip) + 8);
+  a_.lea(index_scratch, rcx, index_scratch, 2, 0);
   a_.load(rcx, jumps + u32(offsetof(Jump, minus_rip)), index_scratch, 3);
   a_.lea(rcx, rcx, address_scratch, 0, 0);
   u8* hit = a_.jump_if_rcx_zero_later();
-  a_.aim(miss);
-  a_.load(rcx, offsetof(Context, temporary));
-  a_.move_immediate32(index_scratch, BranchRequest::encode(guests_[n].offset, undo, restores));
-  a_.jump(request_.stubs->find[request_.mode.vectors]);
+  add_cold({.kind = Cold::Kind::indirect,
+            .pops_rcx = true,
+            .site = a_.jump_later(),
+            .request = BranchRequest::encode(guests_[n].offset, undo, restores)});
   a_.aim_short(hit);
   a_.load(rcx, jumps + u32(offsetof(Jump, page_base)), index_scratch, 3);
   a_.store(offsetof(Context, page_base), rcx);
-  a_.load(rcx, offsetof(Context, temporary));
+  a_.pop(rcx);
   a_.jump_context(jumps + u32(offsetof(Jump, code)), index_scratch, 3);
 }
 
@@ -507,6 +505,10 @@ void Translation::emit_cold(const Cold& cold) {
       a_.word(u32(cold.target));
       break;
     case Cold::Kind::chain: break;
+    case Cold::Kind::indirect:
+      a_.move_immediate32(index_scratch, cold.request);
+      a_.jump(request_.stubs->find[request_.mode.vectors]);
+      break;
     case Cold::Kind::back_edge:
       a_.move_immediate32(index_scratch, u32(cold.target));
       a_.jump(request_.stubs->leave_at[request_.mode.vectors]);

@@ -37,9 +37,11 @@ constexpr u64 minus_other_page(unsigned slot) { return -(u64((slot + tlb_entries
 inline constexpr unsigned jump_entries = 16384;
 struct Jump {
   u64 minus_rip;
+  u64 never_minus_rip;  ///< of no RIP with this slot. Bit 32 + n: the entry is in Translator::jumps_used_[n]
   u64 code;
   u64 page_base;
-  u64 listed;  ///< bit n: in Translator::jumps_used_[n]
+
+  static constexpr u64 listed(bool global) { return 1ull << (32 + global); }
 };
 
 /// Of one direct jump to another page, in the code cache: where it goes on.
@@ -77,7 +79,7 @@ struct Context {
   u64 enter_at;
   u64 fs_base, gs_base;
   x86::CpuState* state;
-  const std::atomic<u32>* attention;
+  const std::atomic<u32>* attention;  ///< 0 or 1: what is emitted takes it for an index
   const u32* window_wanted;
   u64 time_is_refused;          ///< RDTSC and RDTSCP are not what the emitted code takes them for
   u64 access_check_is_refused;  ///< STAC and CLAC are not what the emitted code takes them for

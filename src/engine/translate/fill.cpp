@@ -81,8 +81,8 @@ void Translator::note_jump(u64 rip, CodePage& page, const Block& block) {
   jump_pages_[jump_page_bit(rip) / 64] |= 1ull << jump_page_bit(rip) % 64;
   const bool global = is_global(rip);
   jump_modes_ |= 1u << mode_.number();
-  if (jump.listed >> global & 1) return;
-  jump.listed |= 1u << global;
+  if (jump.never_minus_rip & Jump::listed(global)) return;
+  jump.never_minus_rip |= Jump::listed(global);
   jumps_used_[global][jumps_used_count_[global]++] = mode_.number() * jump_entries + slot;
 }
 

@@ -84,7 +84,7 @@ Translator::Translator(bool exact) : exact_(exact), reference_(make_interpreter(
   for (auto& table : context_->tlb)
     for (unsigned slot : {tlb_entries - 1, 0u, 1u})
       table[slot].minus_read = table[slot].minus_write = minus_other_page(slot);
-  for (auto& jumps : context_->jumps) jumps[0].minus_rip = 1;
+  for (auto& jumps : context_->jumps) jumps[0].minus_rip = jumps[0].never_minus_rip = 1;
   Assembler a(cache_.room().hot, cache_.room_end().hot);
   stubs_ = emit_stubs(a, x86::supports(x86::Feature::avx512f));
   cache_.keep_code(a.here());
@@ -131,7 +131,7 @@ void Translator::flush_listed_jumps(bool global) {
     const unsigned slot = jumps_used_[global][n] % jump_entries;
     Jump& jump = context_->jumps[jumps_used_[global][n] / jump_entries][slot];
     jump.minus_rip = slot == 0;
-    jump.listed &= ~(1ull << global);
+    jump.never_minus_rip &= ~Jump::listed(global);
   }
   jumps_used_count_[global] = 0;
   ++eras_[global];
