@@ -61,7 +61,6 @@ class Assembler {
     bytes(rex(1, 0, 0, to), 0xb8 | (to & 7));
     qword(value);
   }
-  void shift_right(Register reg, u8 count) { bytes(rex(1, 0, 0, reg), 0xc1, 0xe8 | (reg & 7), count); }
   void and_immediate32(Register reg, u32 value) {
     bytes(rex(0, 0, 0, reg), 0x81, 0xe0 | (reg & 7));
     dword(value);

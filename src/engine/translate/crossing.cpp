@@ -35,7 +35,7 @@ void Translation::emit_crossing_guard() {
   to_page_offset(address_scratch, guests_[0].next);
   a_.extract_bits(index_scratch, address_scratch, offsetof(Context, jump_index_bits));
   static_assert(sizeof(Jump) == 4 * 8);
-  a_.lea(index_scratch, -1, index_scratch, 2, 0);
+  a_.rotate_right(index_scratch, index_scratch, 64 - 2);
   a_.load(rcx, jumps + u32(offsetof(Jump, minus_rip)), index_scratch, 3);
   a_.lea(rcx, rcx, address_scratch, 0, 0);
   unless_rcx_zero();

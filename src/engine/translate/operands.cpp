@@ -64,15 +64,14 @@ void Translation::check_tag(const Address& address, unsigned size, bool write, u
   compute(address);
   static_assert(sizeof(TlbEntry) == 32);
   if (!flags_live) {
-    a_.move(index_scratch, address_scratch);
-    a_.shift_right(index_scratch, 12 - 5);
+    a_.rotate_right(index_scratch, address_scratch, 12 - 5);
     a_.and_immediate32(index_scratch, (tlb_entries - 1) << 5);
     a_.add(address_scratch, tag, index_scratch);
     a_.compare_immediate(address_scratch, s32(page_size - size));
     cold.site = a_.jump_if_later(7);  // ja
   } else {
     a_.extract_bits(index_scratch, address_scratch, offsetof(Context, tlb_index_bits));
-    a_.lea(index_scratch, -1, index_scratch, 2, 0);
+    a_.rotate_right(index_scratch, index_scratch, 64 - 2);
     a_.push(rcx);
     a_.load(rcx, tag, index_scratch, 3);
     a_.lea(rcx, rcx, address_scratch, 0, s32(size - 1));
