@@ -143,10 +143,12 @@ def ovmf(options, folder):
     variables = folder / "vars"
     variables.write_bytes((FIRMWARE / "OVMF_VARS_4M.fd").read_bytes())
     task = "echo == efi; ls -d /sys/firmware/efi\n" + REPORT
-    line = [*accelerated(options), "-drive", f"if=pflash,format=raw,readonly=on,file={FIRMWARE}/OVMF_CODE_4M.fd", "-drive",
+    # The 32-bit stages map as much as the CPU can address: with the host's 48 bits they need more memory than there is.
+    line = [*accelerated(options, cpu="host,host-phys-bits=off,phys-bits=40"), "-drive",
+            f"if=pflash,format=raw,readonly=on,file={FIRMWARE}/OVMF_CODE_4M.fd", "-drive",
             f"if=pflash,format=raw,file={variables}", "-device", "virtio-rng-pci", *direct(options, folder, task)]
     with Machine(folder, "qemu", line) as machine:
-        result = task_result(machine, 500)
+        result = task_result(machine, 800)
     harness.check("/sys/firmware/efi" in result.section("efi"), "the guest does not know that it runs on UEFI", result)
 
 
