@@ -144,6 +144,7 @@ class LocalApic {
   /// Takes back an offer, and ends the interrupt if the guest has used it. All other methods do this themselves; the
   /// run loop calls it before it leaves guest mode, so that guest memory is not touched outside.
   void sync_pv_eoi();
+  bool has_offered_pv_eoi() const { return pv_eoi_offered_; }
 
  private:
   friend class ApicBus;

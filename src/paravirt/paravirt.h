@@ -7,9 +7,9 @@
 //    KVM_GET/SET_MSRS: the same order with Initiator::host, ending in x86::get_msr/set_msr.
 //  - Machine::hypercall: `return paravirt.hypercall(vm.hypercall_exits_enabled());` The engine gives RIP behind the
 //  instruction.
-//  - The run loop calls on_enter() each time before Engine::run, and on_leave() when it is about to block (HLT) or to
-//    return from KVM_RUN. They touch guest memory through Machine::page(gpa, true), and so do the PV EOI hooks inside
-//    LocalApic: call all of them under an os::run_guarded, as the engine, for the client may have unmapped its RAM.
+//  - The run loop calls on_enter() each time before Engine::run, and on_block() when it is about to block (HLT). They
+//    touch guest memory through Machine::page(gpa, true), and so do the PV EOI hooks inside LocalApic: call all of them
+//    under an os::run_guarded, as the engine, for the client may have unmapped its RAM.
 //  - ApicClient::tsc_deadline_ns is monotonic_ns_of_tsc().
 #pragma once
 
@@ -48,8 +48,7 @@ class Paravirt final : private irqchip::PvEoi {
   x86::Result hypercall(u64 exits_enabled = 0);
 
   void on_enter();
-  enum class Leave : u8 { to_client, to_block };
-  void on_leave(Leave why);
+  void on_block();
 
   /// RESET/INIT do not touch these; KVM turns them off at vCPU reset.
   void reset();

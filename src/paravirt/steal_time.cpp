@@ -46,9 +46,9 @@ void Paravirt::enter_steal_time() {
   __atomic_store_n(&shared.version, version + 1, __ATOMIC_RELEASE);
 }
 
-void Paravirt::on_leave(Leave why) {
-  // Only a vCPU that will sleep says so: an exit to the client is too short to be worth a store into guest memory.
-  if (why != Leave::to_block || !(steal_time_ & KVM_MSR_ENABLED)) return;
+/// Only a vCPU that will sleep says so: an exit to the client is too short to be worth a store into guest memory.
+void Paravirt::on_block() {
+  if (!(steal_time_ & KVM_MSR_ENABLED)) return;
   auto* const area = guest_memory(steal_time_ & KVM_STEAL_VALID_BITS, sizeof(kvm_steal_time));
   if (!area) return;
   __atomic_store_n(&reinterpret_cast<kvm_steal_time*>(area)->preempted, u8(KVM_VCPU_PREEMPTED), __ATOMIC_RELEASE);

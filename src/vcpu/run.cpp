@@ -94,11 +94,7 @@ int Vcpu::run_locked() {
   }
   // An EOI that the guest has been offered to make in its memory is settled while that may be touched: the client may
   // read the APIC's state or copy the memory next.
-  if (!guarded([this] {
-        if (apic_) apic_->sync_pv_eoi();
-        paravirt_.on_leave(paravirt::Paravirt::Leave::to_client);
-      }))
-    result = -EFAULT;
+  if (apic_ && apic_->has_offered_pv_eoi() && !guarded([this] { apic_->sync_pv_eoi(); })) result = -EFAULT;
   leave_guest_mode();
 
   if (run_->kvm_valid_regs) sync_regs_out();

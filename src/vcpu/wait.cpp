@@ -80,7 +80,7 @@ void Vcpu::wait(u32 ticket) {
 
 /// The vCPU does not run guest code: it is halted, or waits for a start-up IPI.
 int Vcpu::block() {
-  if (!guarded([this] { paravirt_.on_leave(paravirt::Paravirt::Leave::to_block); })) return -EFAULT;
+  if (!guarded([this] { paravirt_.on_block(); })) return -EFAULT;
   for (;;) {
     const u32 ticket = wake_word_.load(std::memory_order_seq_cst);
     bool has_event = false;

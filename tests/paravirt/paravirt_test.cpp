@@ -267,9 +267,7 @@ TEST_F(Pv, StealTimeMarksABlockedVcpu) {
   v.pv.on_enter();
   auto state = [&] { return v.machine.get<kvm_steal_time>(0x4040); };
   EXPECT_EQ(state().preempted, 0);
-  v.pv.on_leave(Paravirt::Leave::to_client);
-  EXPECT_EQ(state().preempted, 0);
-  v.pv.on_leave(Paravirt::Leave::to_block);
+  v.pv.on_block();
   EXPECT_EQ(state().preempted, KVM_VCPU_PREEMPTED);
   v.machine.put<u8>(0x4040 + offsetof(kvm_steal_time, preempted), KVM_VCPU_PREEMPTED | KVM_VCPU_FLUSH_TLB);
   v.pv.on_enter();
@@ -282,10 +280,7 @@ TEST_F(Pv, StealTimeCountsWhatTheThreadDidNotGet) {
   v.pv.set_run_delay(delay);
   v.pv.write_msr(MSR_KVM_STEAL_TIME, 0x4041, Initiator::guest);
   auto state = [&] { return v.machine.get<kvm_steal_time>(0x4040); };
-  auto enter = [&] {
-    v.pv.on_enter();
-    v.pv.on_leave(Paravirt::Leave::to_client);
-  };
+  auto enter = [&] { v.pv.on_enter(); };
   u64 waited = 0;
   const u64 deadline = os::monotonic_ns() + 5'000'000'000;
   while (!delay.read(waited) && os::monotonic_ns() < deadline) sleep_ms(1);

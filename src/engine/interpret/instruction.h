@@ -10,9 +10,11 @@ namespace anykvm::engine {
 
 /// What an instruction in flight knows besides the CPU.
 struct Context {
+  Context(x86::Cpu& cpu, const ProbePages& probe_pages) : cpu(cpu), probe_pages(probe_pages) {}  // not the image
+
   x86::Cpu& cpu;
   const ProbePages& probe_pages;
-  u64 next_rip;              ///< behind the instruction; a branch changes it
+  u64 next_rip = 0;          ///< behind the instruction; a branch changes it
   bool x87_touched = false;  ///< the host's x87 unit holds guest values
   static constexpr u8 no_exception = 0xff;
   u8 host_exception = no_exception;  ///< the vector of what the host raised in the instruction's native code

@@ -236,7 +236,7 @@ Reference::Rehearsed Interpreter::execute(Cpu& cpu, std::span<Boundary> boundari
   static constexpr u32 masked_mxcsr = 0x1f80;
   std::memcpy(cpu.state.fpu.x87 + 24, &masked_mxcsr, sizeof masked_mxcsr);
   const HostControlWords host;
-  Context context{.cpu = cpu, .probe_pages = probe_pages_, .next_rip = 0};
+  Context context(cpu, probe_pages_);
   Recovery recovery{*this, context};
   const os::FaultRecovery recovers(&recover, &recovery);
   Rehearsed rehearsed{.count = 0, .clean = true};

@@ -421,7 +421,7 @@ void Translator::enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*
       [](void* self, const void* ucontext) { static_cast<Translator*>(self)->rescue_x87(ucontext); });
   cpu_ = &cpu;
   supervision_ = supervision;
-  cpu.exit = {};
+  cpu.exit.kind = ExitKind::none;
   if (cpu.code_watch.engine != this) {
     cpu.code_watch = {[](void* engine, const u8* host) { static_cast<Translator*>(engine)->page_written(host); }, this};
     cpu.mmu.flush_all();  // of what was let through before anybody watched
