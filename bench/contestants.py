@@ -156,5 +156,5 @@ def qemu(cpus, memory, initrd):
 
 
 NATIVE = Native()
-GUESTS = {"translate": Guest("translate", anykvm("translate"), 300), "tcg": Guest("tcg", qemu, 120),
+GUESTS = {"direct": Guest("direct", anykvm("direct"), 300), "translate": Guest("translate", anykvm("translate"), 300), "tcg": Guest("tcg", qemu, 120),
           "interpret": Guest("interpret", anykvm("interpret"), 300)}

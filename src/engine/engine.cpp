@@ -20,7 +20,7 @@ bool parse_kind(std::string_view name, Kind& kind) {
     kind = runs_here(Kind::translate) ? Kind::translate : Kind::interpret;
     return true;
   }
-  for (const Kind each : {Kind::interpret, Kind::translate, Kind::translate_exact, Kind::lockstep}) {
+  for (const Kind each : {Kind::interpret, Kind::translate, Kind::translate_exact, Kind::direct, Kind::lockstep}) {
     if (name != name_of(each)) continue;
     kind = each;
     return runs_here(kind);
@@ -32,6 +32,7 @@ const char* name_of(Kind kind) {
   switch (kind) {
     case Kind::translate: return "translate";
     case Kind::translate_exact: return "translate-exact";
+    case Kind::direct: return "direct";
     case Kind::lockstep: return "lockstep";
     default: return "interpret";
   }
@@ -54,6 +55,7 @@ std::unique_ptr<Engine> make(Kind kind) {
   switch (kind) {
     case Kind::translate: return make_translator();
     case Kind::translate_exact: return make_translator(true);
+    case Kind::direct: return make_direct();
     case Kind::lockstep: return make_lockstep();
     default: return make_interpreter();
   }

@@ -45,9 +45,12 @@ std::unique_ptr<Engine> make_interpreter();
 /// exact: arithmetic flags that are overwritten before anything reads them are kept all the same, so that exceptions
 /// and exits show them; slower.
 std::unique_ptr<Engine> make_translator(bool exact = false);
+/// The translator; and where guest RAM is shared memory of files, user code that runs for long runs on the host CPU
+/// itself, in processes of its own.
+std::unique_ptr<Engine> make_direct();
 std::unique_ptr<Engine> make_lockstep();
 
-enum class Kind : u8 { interpret, translate, translate_exact, lockstep };
+enum class Kind : u8 { interpret, translate, translate_exact, direct, lockstep };
 /// Whether this processor has what the engine emits: the translator needs BMI2.
 bool runs_here(Kind kind);
 /// A kind's name, or "auto" (or nothing) for the fastest that runs here. false: no such engine, or it does not run

@@ -67,7 +67,7 @@ std::string cpu_name() {
 }
 
 ordered_json report() {
-  const EngineChoice choice = choose_engine("auto");
+  const EngineChoice choice = choose_engine("auto", true);
   ordered_json result;
   result["version"] = ANYKVM_VERSION;
   result["engine"] = {{"name", choice.name}, {"reason", choice.reason}};

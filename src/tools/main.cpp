@@ -28,9 +28,10 @@ CLI::Option* add_engine_option(CLI::App& command, std::string& engine) {
   return command
       .add_option("--engine", engine,
                   "What runs guest code: auto, interpret, translate, translate-exact (keeps flags that nothing reads), "
-                  "lockstep (both engines, compared), or host (the host's /dev/kvm)")
+                  "direct (translate, and user code that runs for long on the host CPU itself), lockstep (two engines, "
+                  "compared), or host (the host's /dev/kvm)")
       ->type_name("NAME")
-      ->check(CLI::IsMember({"auto", "interpret", "translate", "translate-exact", "lockstep", "host"}))
+      ->check(CLI::IsMember({"auto", "interpret", "translate", "translate-exact", "direct", "lockstep", "host"}))
       ->capture_default_str();
 }
 
@@ -100,7 +101,9 @@ int run_boot(const BootArguments& arguments) {
   options.machine.network = arguments.network == "user";
   if (!arguments.timeout.empty()) options.timeout = parse_duration("--timeout", arguments.timeout);
   options.quiet = arguments.quiet;
-  return vmm::boot(open_engine(choose_engine(arguments.engine)), options);
+  const EngineChoice engine = choose_engine(arguments.engine, true);
+  if (engine.runs_natively) options.machine.memory_backing = vmm::GuestMemory::Backing::file;
+  return vmm::boot(open_engine(engine), options);
 }
 
 void describe_run(CLI::App& command, RunOptions& options) {

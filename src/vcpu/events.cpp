@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "irqchip/irqchip.h"
+#include "os/attention.h"
 #include "vcpu/vcpu.h"
 #include "vm/vm.h"
 
@@ -224,7 +225,7 @@ int Vcpu::nmi() {
 }
 
 void Vcpu::interrupt_window_changed() {
-  if (cpu_.window_wanted) cpu_.attention.store(1, std::memory_order_relaxed);
+  if (cpu_.window_wanted) os::raise_attention(cpu_.attention);
 }
 
 }  // namespace anykvm::vcpu

@@ -2,6 +2,7 @@
 #include "engine/engine.h"
 #include "irqchip/apic_bus.h"
 #include "irqchip/irqchip.h"
+#include "os/attention.h"
 #include "vcpu/vcpu.h"
 #include "vm/coalesced_io.h"
 #include "vm/ioeventfd.h"
@@ -17,6 +18,10 @@ constexpr u64 apic_base_bits =
 }  // namespace
 
 x86::HostPage Vcpu::page(Gpa gpa, bool for_write) { return vm_->memory().page(gpa, for_write, slot_hint_); }
+
+unsigned Vcpu::ram(x86::RamRange* out, unsigned most) { return vm_->memory().ranges(out, most); }
+
+u64 Vcpu::ram_version() { return vm_->memory().version(); }
 
 /// In a signal handler: whether the guest's memory is at fault for what happened here.
 bool Vcpu::accepts_fault(const void* address) {
@@ -117,7 +122,7 @@ x86::Result Vcpu::write_cr8(u64 value) {
   if (value < cr8_) {
     // The client, whose APIC this is, may have an interrupt that gets through now.
     tpr_lowered_ = true;
-    cpu_.attention.store(1, std::memory_order_relaxed);
+    os::raise_attention(cpu_.attention);
   }
   cr8_ = value;
   return x86::Result::ok;
@@ -132,7 +137,7 @@ u64 Vcpu::tsc_deadline_ns(u64 guest_tsc) { return paravirt_.monotonic_ns_of_tsc(
 
 void Vcpu::ioapic_eoi(u8 vector) {
   ioapic_eoi_ = vector;
-  cpu_.attention.store(1, std::memory_order_relaxed);
+  os::raise_attention(cpu_.attention);
 }
 
 /// The guest's TSC was set: what the APIC and the clock page derive from it is stale.

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "os/attention.h"
 #include "os/tsc.h"
 
 namespace anykvm::vcpu {
@@ -56,7 +57,7 @@ class Kicker {
       for (SignalMask* mask : masks_) {
         if (mask->running_.load(std::memory_order_relaxed) == 0) continue;
         any_running = true;
-        mask->attention_.store(1, std::memory_order_relaxed);
+        os::raise_attention(mask->attention_);
       }
       changed_.wait_for(lock, std::chrono::microseconds(any_running ? 100 : 1000));
     }

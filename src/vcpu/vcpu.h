@@ -114,6 +114,8 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
 
   // --- what the CPU, its APIC and its paravirtual devices ask (the vCPU's thread) ------------------------------------
   x86::HostPage page(Gpa gpa, bool for_write) override;
+  unsigned ram(x86::RamRange* out, unsigned most) override;
+  u64 ram_version() override;
   bool mmio_read(Gpa gpa, void* data, unsigned length) override;
   bool mmio_write(Gpa gpa, const void* data, unsigned length) override;
   bool pio_in(u16 port, void* data, unsigned size) override;

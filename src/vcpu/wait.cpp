@@ -12,6 +12,7 @@
 
 #include <cerrno>
 
+#include "os/attention.h"
 #include "os/clock.h"
 #include "vcpu/signal_mask.h"
 #include "vcpu/vcpu.h"
@@ -38,7 +39,7 @@ void Vcpu::serve_tlb_flush() {
 
 void Vcpu::flush_tlb_and_wait() {
   const u64 ticket = flushes_wanted_.fetch_add(1, std::memory_order_seq_cst) + 1;
-  cpu_.attention.store(1, std::memory_order_seq_cst);
+  os::raise_attention(cpu_.attention);
   for (unsigned tries = 0;
        in_guest_mode_.load(std::memory_order_seq_cst) != 0 && flushes_done_.load(std::memory_order_acquire) < ticket;
        ++tries) {
@@ -55,7 +56,7 @@ void Vcpu::flush_tlb_and_wait() {
 
 void Vcpu::wake() {
   wake_word_.fetch_add(1, std::memory_order_seq_cst);
-  cpu_.attention.store(1, std::memory_order_seq_cst);
+  os::raise_attention(cpu_.attention);
   if (sleeping_.load(std::memory_order_seq_cst)) {
     futex(wake_word_, FUTEX_WAKE, 1);
     if (const int fd = wake_fd_.load(std::memory_order_acquire); fd >= 0) {
@@ -107,7 +108,7 @@ int Vcpu::block() {
 void Vcpu::on_signal(void* vcpu) {
   Vcpu& self = *static_cast<Vcpu*>(vcpu);
   self.interrupted_.store(true, std::memory_order_relaxed);
-  self.cpu_.attention.store(1, std::memory_order_relaxed);
+  os::raise_attention(self.cpu_.attention);
   self.wake_word_.fetch_add(1, std::memory_order_relaxed);  // a futex wait that SA_RESTART would begin again
 }
 

@@ -84,6 +84,7 @@ int MemorySlots::set_region(const kvm_userspace_memory_region& region) {
 
 void MemorySlots::publish(std::unique_ptr<SlotMap> next) {
   std::unique_ptr<const SlotMap> old(current_.exchange(next.release(), std::memory_order_seq_cst));
+  version_.fetch_add(1, std::memory_order_release);
   flush_();
 }
 
@@ -177,6 +178,15 @@ std::optional<Gpa> MemorySlots::gpa_of_host(const void* address) const {
     return gpa.has_value();
   });
   return gpa;
+}
+
+unsigned MemorySlots::ranges(x86::RamRange* out, unsigned most) const {
+  unsigned count = 0;
+  current_.load(std::memory_order_acquire)->any_of([&](const MemorySlot& slot) {
+    if (count < most) out[count++] = {slot.host, slot.pages * page_size};
+    return count == most;
+  });
+  return count;
 }
 
 int MemorySlots::pre_fault(kvm_pre_fault_memory& range) {

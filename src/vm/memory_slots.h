@@ -46,6 +46,9 @@ class MemorySlots {
   /// The page at gpa; for_write marks it in the dirty log. `hint` is the caller's last-hit cache (any value).
   /// Only while the caller is in guest mode (or otherwise waited for by `flush`).
   x86::HostPage page(Gpa gpa, bool for_write, u32& hint) const;
+  /// The slots' memory, the first `most` of them, and a number that changes with them; same condition.
+  unsigned ranges(x86::RamRange* out, unsigned most) const;
+  u64 version() const { return version_.load(std::memory_order_acquire); }
   /// Whether gpa is RAM, now. Any thread.
   bool has_page(Gpa gpa);
   /// The guest's address of a host address (the first, where slots share memory); none: not a slot's.
@@ -64,6 +67,7 @@ class MemorySlots {
   u32 manual_dirty_log_ = 0;
   std::unordered_map<u32, Gfn> base_of_;  ///< by ID
   std::atomic<const SlotMap*> current_;
+  std::atomic<u64> version_{0};  ///< of what current_ points to
 };
 
 }  // namespace anykvm::vm

@@ -1,7 +1,8 @@
-// One anonymous mapping, seen by the guest as one or two pieces.
+// One mapping, seen by the guest as one or two pieces.
 #include "vmm/guest_memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -11,7 +12,7 @@
 
 namespace anykvm::vmm {
 
-GuestMemory::GuestMemory(u64 size) : size_((size + page_size - 1) & page_mask) {
+GuestMemory::GuestMemory(u64 size, Backing backing) : size_((size + page_size - 1) & page_mask) {
   // Two MiB more than asked for, to begin at a large page: the host then backs guest RAM by large pages.
   void* mapped = MAP_FAILED;
   constexpr u64 large_page = 2u << 20;
@@ -27,9 +28,16 @@ GuestMemory::GuestMemory(u64 size) : size_((size + page_size - 1) & page_mask) {
   const auto end = begin + size_ + large_page;
   if (aligned + size_ != end) munmap(reinterpret_cast<void*>(aligned + size_), end - aligned - size_);
   host_ = reinterpret_cast<u8*>(aligned);
-  if (mprotect(host_, size_, PROT_READ | PROT_WRITE) != 0) {
+  bool usable = mprotect(host_, size_, PROT_READ | PROT_WRITE) == 0;
+  if (usable && backing == Backing::file) {
+    file_ = memfd_create("guest memory", MFD_CLOEXEC);
+    usable = file_ >= 0 && ftruncate(file_, static_cast<off_t>(size_)) == 0 &&
+             mmap(host_, size_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file_, 0) != MAP_FAILED;
+  }
+  if (!usable) {
     const int error = errno;
     munmap(host_, size_);
+    if (file_ >= 0) close(file_);
     throw std::system_error(error, std::generic_category(), "guest memory of " + std::to_string(size_) + " bytes");
   }
   madvise(host_, size_, MADV_HUGEPAGE);
@@ -39,7 +47,10 @@ GuestMemory::GuestMemory(u64 size) : size_((size + page_size - 1) & page_mask) {
   if (low < size_) regions_.push_back({hole_end, size_ - low, host_ + low});
 }
 
-GuestMemory::~GuestMemory() { munmap(host_, size_); }
+GuestMemory::~GuestMemory() {
+  munmap(host_, size_);
+  if (file_ >= 0) close(file_);
+}
 
 std::span<u8> GuestMemory::at(Gpa gpa, u64 size) const {
   for (const Region& region : regions_)

@@ -22,8 +22,13 @@ class GuestMemory {
     u8* host;
   };
 
+  enum class Backing : u8 {
+    anonymous,  ///< the host may use large pages
+    file,       ///< of memory: other processes can map it
+  };
+
   /// `size` in bytes, rounded up to a page; throws std::system_error when the host does not give that much.
-  explicit GuestMemory(u64 size);
+  explicit GuestMemory(u64 size, Backing backing = Backing::anonymous);
   ~GuestMemory();
   GuestMemory(const GuestMemory&) = delete;
   GuestMemory& operator=(const GuestMemory&) = delete;
@@ -44,6 +49,7 @@ class GuestMemory {
  private:
   u64 size_;
   u8* host_ = nullptr;
+  int file_ = -1;
   std::vector<Region> regions_;
 };
 

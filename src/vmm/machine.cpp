@@ -33,7 +33,7 @@ Vm create_vm(const Kvm& kvm) {
 
 Machine::Machine(const Kvm& kvm, const MachineOptions& options, EventLoop& loop, OutcomeBox& outcome,
                  std::function<void(u8)> console)
-    : outcome_(outcome), memory_(options.memory_bytes), vm_(create_vm(kvm)), pci_([this] { reset(); }) {
+    : outcome_(outcome), memory_(options.memory_bytes, options.memory_backing), vm_(create_vm(kvm)), pci_([this] { reset(); }) {
   for (const GuestMemory::Region& region : memory_.regions())
     vm_.set_up_memory_slot(vm_.allocate_memory_slot(region.size), region.host, region.base);
 

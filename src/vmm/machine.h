@@ -42,6 +42,7 @@ struct MachineOptions {
   KernelFiles files;                        ///< what to boot …
   std::optional<FirmwareOptions> firmware;  ///< … unless there is firmware to find it
   u64 memory_bytes = u64{512} << 20;
+  GuestMemory::Backing memory_backing = GuestMemory::Backing::anonymous;
   unsigned cpus = 1;
   std::vector<DiskOption> disks;
   bool network = false;

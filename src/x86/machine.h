@@ -13,11 +13,21 @@ struct HostPage {
       false;  ///< false: a store is MMIO (read-only slot), or is not allowed before page(gpa, true) was asked
 };
 
+/// Guest RAM in this process' memory.
+struct RamRange {
+  u8* host;
+  u64 size;  ///< in bytes
+};
+
 class Machine {
  public:
   /// The RAM page that holds gpa. for_write announces a store: the page becomes dirty in the log, tracked pages are
   /// told. The pointer stays good until the CPU is asked to flush (Cpu::request_tlb_flush).
   virtual HostPage page(Gpa gpa, bool for_write) = 0;
+
+  /// The ranges of RAM, the first `most` of them; a number that changes whenever they may have. Same condition.
+  virtual unsigned ram(RamRange*, unsigned /*most*/) { return 0; }
+  virtual u64 ram_version() { return 0; }
 
   /// In-kernel devices and ioeventfds at a physical address; length 1, 2, 4 or 8.
   /// false: nobody here; the access goes to the client as KVM_EXIT_MMIO.

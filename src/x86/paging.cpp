@@ -122,9 +122,12 @@ Outcome attempt(Cpu& cpu, const Format& format, Gva gva, Access access, Privileg
   walk.page = ((base & ~offset) | (gva & offset)) & page_mask;
   walk.large = level > 1;
   walk.huge = level == 3;
+  const bool user_page = all & entry_u, writable = all & entry_w;
+  walk.user = user_page, walk.writable = writable;
+  walk.executable = !(nx_enabled && no_execute);
+  walk.accessed = all & entry_a, walk.dirty = leaf & entry_d;
   if (aim == Aim::probe) return Outcome::done;
 
-  const bool user_page = all & entry_u, writable = all & entry_w;
   bool allowed = true;
   if (user) {
     allowed = user_page && (access != Access::write || writable);

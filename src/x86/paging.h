@@ -12,6 +12,8 @@ struct PageWalk {
   bool huge = false;    ///< ... by a 1 GiB page
   bool global = false;  ///< in every address space
   u32 error = 0;        ///< when the walk fails: the page-fault error code
+  // What the tables say of the page, all levels together.
+  bool user = false, writable = false, executable = false, accessed = false, dirty = false;
 };
 
 /// Bits of a page-fault error code.

@@ -77,7 +77,7 @@ struct CodeRoom {
 
 class CodeCache {
  public:
-  static constexpr std::size_t default_bytes = 128u << 20, least_bytes = 4u << 20, most_bytes = 1u << 30;
+  static constexpr std::size_t default_bytes = 64u << 20, least_bytes = 4u << 20, most_bytes = 1u << 30;
   static constexpr u32 segments = 8;
   static constexpr u32 max_blocks = 1u << 18, max_pages = 1u << 14;
   /// A page rewritten more often than this in about a third of a second is not worth it for the rest of that time, or
@@ -98,6 +98,8 @@ class CodeCache {
   const u8* copy_of(const CodePage& page) const { return copies_ + (&page - pages_) * page_size; }
   /// Copies the page but for the lines that have become blocks, once in an epoch.
   void take_copy(CodePage& page, u64 epoch);
+  /// Sets the bits of the offsets at which its blocks' instructions begin.
+  void mark_instructions(const CodePage& page, u64 (&begins)[page_size / 64]) const;
   /// Whether what the blocks were made from is still there.
   bool is_unchanged(const CodePage& page) const;
   /// Registers a block that has been emitted at room(), up to `used`. `places` and what follows: as in Block and

@@ -4,6 +4,8 @@
 
 #include <cstring>
 
+#include "os/attention.h"
+
 namespace anykvm::engine::translate {
 
 namespace {
@@ -83,7 +85,7 @@ void SharedCode::tell(Wanted wanted) const {
     Member& member = Member::all[n];
     if (&member == member_ || !wanted(member)) continue;
     member.callers.fetch_add(1);
-    if (std::atomic<u32>* attention = member.attention.load()) attention->store(1);
+    if (std::atomic<u32>* attention = member.attention.load()) os::raise_attention(*attention);
     member.callers.fetch_sub(1);
   }
 }

@@ -35,6 +35,10 @@ bool Translator::system_call(SavedRegisters& registers, u32 request) {
   const bool is_return = StepRequest::mnemonic(request) == ZYDIS_MNEMONIC_SYSRET;
   const SystemCall& known = system_calls_[is_return];
   if (!known.known || context_->attention->load(std::memory_order_relaxed) || !context_->x87_missing) return false;
+  if (is_return && direct_) {
+    direct_->entered_user();
+    if (!direct_->does_not_care(*cpu_)) return false;
+  }
   x86::CpuState& s = cpu_->state;
   const u64 rip = is_return ? registers.rcx : s.msr.lstar;
   const Mode mode{known.privilege, no_vectors};

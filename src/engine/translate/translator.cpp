@@ -21,6 +21,7 @@
 namespace anykvm::engine {
 
 std::unique_ptr<Engine> make_translator(bool exact) { return std::make_unique<translate::Translator>(exact); }
+std::unique_ptr<Engine> make_direct() { return std::make_unique<translate::Translator>(false, true); }
 
 namespace translate {
 
@@ -61,7 +62,11 @@ Next step_function(Context* context, u64 request) {
   return static_cast<Translator*>(context->translator)->step_in_block(request);
 }
 
-Translator::Translator(bool exact) : exact_(exact), reference_(make_interpreter()), cache_(wanted_code_bytes()) {
+Translator::Translator(bool exact, bool direct)
+    : exact_(exact),
+      reference_(make_interpreter()),
+      direct_(direct ? std::make_unique<direct::Direct>(direct::KnownCode{known_instructions, this}) : nullptr),
+      cache_(wanted_code_bytes()) {
   void* memory =
       mmap(nullptr, sizeof(Context), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -208,6 +213,7 @@ void Translator::forbid_stores(u64 page) {
   for (auto& table : context_->tlb)
     for (unsigned slot = 0; slot < tlb_entries; ++slot)
       if (!((table[slot].host ^ page) & SharedCode::address_bits)) table[slot].minus_write = minus_other_page(slot);
+  if (direct_) direct_->forbid_stores(page);
 }
 
 /// Its blocks go, and every way to them: others jump to them through the jump cache alone.
@@ -344,6 +350,7 @@ Next Translator::go_on() {
   follow_flushes();
   const Mode mode = next_mode(false);
   mode_ = mode;
+  if (direct_ && mode.privilege == x86::Privilege::user && direct_->wants(cpu)) return Next::leave;
   const Jump& jump = context_->jumps[mode.number()][jump_slot(cpu.state.rip)];
   if (jump.minus_rip + cpu.state.rip == 0) {
     context_->enter_at = jump.code;
@@ -370,6 +377,7 @@ Mode Translator::next_mode(u8 wants_vectors) {
       if (std::exchange(tries_without_, false)) trial_after_ = first_trial;
     }
     mode = {cpu_->data_privilege, no_vectors};
+    if (direct_ && mode.privilege == x86::Privilege::user) direct_->entered_user();
     if (mode.privilege == x86::Privilege::user && user_vectors_) {
       tries_without_ = ++entries_with_vectors_ >= trial_after_;
       if (tries_without_)
@@ -400,6 +408,7 @@ bool Translator::recover(void* ucontext) {
 void Translator::abandon() {
   if (!std::exchange(in_run_, false)) return;
   save_x87();
+  if (direct_) direct_->abandon(*cpu_);
   if (std::exchange(x87_used_, false)) __asm__ volatile("fninit\n\tfldcw %0" ::"m"(callers_x87_control_));
   set_gs_base(callers_gs_base_);
   shared_.leave();
@@ -460,6 +469,36 @@ void Translator::run(x86::Cpu& cpu) {
         } while (translator.run_once());
       },
       this);
+  if (!direct_) return;
+  if (cpu.exit.kind != ExitKind::attention)
+    direct_->rest();
+  else if (cpu.state.cpl == 3)
+    direct_->interrupted(cpu);
+}
+
+/// direct::KnownCode's.
+bool Translator::known_instructions(void* self, const u8* host, u64 (&begins)[page_size / 64]) {
+  auto& cache = static_cast<Translator*>(self)->cache_;
+  const CodePage* page = cache.find_page(u64(host));
+  if (!page || !page->first_block || !SharedCode::is_watched(page->address) || !cache.is_unchanged(*page)) return false;
+  cache.mark_instructions(*page, begins);
+  return true;
+}
+
+bool Translator::run_natively() {
+  if (!direct_ || mode_.privilege != x86::Privilege::user || !translatable() || !direct_->wants(*cpu_)) return false;
+  save_x87();
+  context_->link_site = 0;
+  switch (direct_->run(*cpu_)) {
+    case direct::Direct::Next::translate: return false;
+    case direct::Direct::Next::decide: break;
+    case direct::Direct::Next::step:
+      ++steps_[ZYDIS_MNEMONIC_INVALID];
+      reference_->step(*cpu_);
+      break;
+  }
+  serialized_ = true;
+  return true;
 }
 
 void Translator::limit_blocks(unsigned instructions) {
@@ -489,6 +528,7 @@ bool Translator::run_once() {
   // An instruction in which the host raised an exception: the reference engine finds out why, and what the guest
   // gets.
   const bool faulted = std::exchange(context_->faulted, 0);
+  if (!faulted && run_natively()) return cpu_->exit.kind == ExitKind::none;
   Block* block = translatable() && mode_.vectors >= wants_vectors && !faulted ? block_at_rip(single_checks) : nullptr;
   if (!block) {
     context_->link_site = 0;

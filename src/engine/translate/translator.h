@@ -6,6 +6,7 @@
 
 #include <memory>
 
+#include "engine/direct/direct.h"
 #include "engine/engine.h"
 #include "engine/translate/block.h"
 #include "engine/translate/code_cache.h"
@@ -16,7 +17,7 @@ namespace anykvm::engine::translate {
 
 class Translator final : public Engine {
  public:
-  explicit Translator(bool exact = false);
+  explicit Translator(bool exact = false, bool direct = false);
   ~Translator() override;
   Translator(const Translator&) = delete;
   Translator& operator=(const Translator&) = delete;
@@ -24,7 +25,7 @@ class Translator final : public Engine {
   void run(x86::Cpu& cpu) override;
   void keep_code() override { keep_code_ = true; }
   void step(x86::Cpu& cpu) override { reference_->step(cpu); }
-  const char* name() const override { return exact_ ? "translate-exact" : "translate"; }
+  const char* name() const override { return direct_ ? "direct" : exact_ ? "translate-exact" : "translate"; }
 
   void abandon() override;
   u64 translations() const override { return translations_; }
@@ -65,6 +66,9 @@ class Translator final : public Engine {
   Next go_on();
   u8 vectors_allowed() const;
   Mode next_mode(u8 wants_vectors);
+  /// User code natively, if that is wanted. false: it is not.
+  bool run_natively();
+  static bool known_instructions(void* self, const u8* host, u64 (&begins)[page_size / 64]);
   void follow_flushes();
   void flush_tlb(bool global);
   void flush_jumps();
@@ -126,6 +130,7 @@ class Translator final : public Engine {
   const bool exact_;
   x86::Cpu* cpu_ = nullptr;
   std::unique_ptr<Engine> reference_;
+  std::unique_ptr<direct::Direct> direct_;  ///< nullptr: all code is translated
   CodeCache cache_;
   Decoder decoder_;
   Context* context_;

@@ -1,0 +1,179 @@
+#include "engine/direct/code_pages.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <span>
+
+#include "engine/native/decoded.h"
+#include "engine/translate/shared_code.h"
+#include "os/memory_file.h"
+
+namespace anykvm::engine::direct {
+
+namespace {
+
+constexpr std::size_t copies_bytes = std::size_t(CodePages::most_copies) * page_size;
+
+/// The instructions that follow from those known, in a page of code and what is near it.
+class Flow {
+ public:
+  void begin(const u8* host) {
+    std::fill(std::begin(host_), std::end(host_), nullptr);
+    host_[nearby] = host;
+    std::memset(length_, 0, sizeof length_);
+    waiting_count_ = 0;
+  }
+  /// A page in the neighbourhood, `distance` pages from the center.
+  void add(s64 distance, const u8* host) { host_[nearby + distance] = host; }
+
+  /// Follows from the instructions that are known of a page.
+  void follow(s64 distance, const u64 (&begins)[64]) {
+    for (unsigned word = 0; word < std::size(begins); ++word)
+      for (u64 bits = begins[word]; bits; bits &= bits - 1)
+        follow((nearby + distance) * s64(page_size) + word * 64 + std::countr_zero(bits));
+  }
+
+  /// Of the instruction in the center that has the byte; -1: none is known to.
+  int begin_of(unsigned offset) const {
+    const u8* const lengths = length_ + nearby * page_size;
+    for (unsigned distance = 0; distance < 15 && distance <= offset; ++distance)
+      if (lengths[offset - distance] > distance) return int(offset - distance);
+    return -1;
+  }
+  bool begins_at(unsigned offset) const { return length_[nearby * page_size + offset]; }
+
+  static constexpr s64 nearby = 24;
+
+ private:
+  static constexpr s64 pages = 2 * nearby + 1;
+
+  void follow(s64 begin) {
+    push(begin);
+    while (waiting_count_) {
+      for (s64 at = waiting_[--waiting_count_]; is_new(at);) {
+        Decoded d;
+        const u8* const page = host_[at / s64(page_size)];
+        const unsigned offset = unsigned(at % s64(page_size)), room = std::min<unsigned>(page_size - offset, 15);
+        if (!ZYAN_SUCCESS(decode_instruction(page + offset, room, 64, d))) break;
+        const ZydisDecodedInstruction& i = d.instruction;
+        length_[at] = i.length;
+        at += i.length;
+        if (i.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE && d.is_immediate(0)) push(at + d.operands[0].imm.value.s);
+        if (i.meta.category == ZYDIS_CATEGORY_UNCOND_BR || i.meta.category == ZYDIS_CATEGORY_RET ||
+            d.mnemonic() == ZYDIS_MNEMONIC_UD2 || d.mnemonic() == ZYDIS_MNEMONIC_HLT ||
+            d.mnemonic() == ZYDIS_MNEMONIC_INT3)
+          break;
+      }
+    }
+  }
+
+  bool is_new(s64 at) const {
+    return at >= 0 && at < pages * s64(page_size) && host_[at / s64(page_size)] && !length_[at];
+  }
+  void push(s64 at) {
+    if (is_new(at) && waiting_count_ < std::size(waiting_)) waiting_[waiting_count_++] = u32(at);
+  }
+
+  const u8* host_[pages];
+  u8 length_[pages * page_size];  ///< of the instruction that begins there; 0: none is known to
+  u32 waiting_[16384];
+  unsigned waiting_count_;
+};
+
+}  // namespace
+
+CodePages::~CodePages() {
+  if (flow_) munmap(flow_, sizeof(Flow));
+  if (copies_) munmap(copies_, copies_bytes);
+  if (originals_) munmap(originals_, most_copies * sizeof(Copy));
+  if (fd_ >= 0) os::close_file(fd_);
+}
+
+bool CodePages::begin() {
+  count_ = 0;
+  std::memset(failures_, 0, sizeof failures_);
+  if (copies_) return true;
+  fd_ = os::create_memory_file("anykvm code", copies_bytes);
+  void* const copies = fd_ < 0 ? MAP_FAILED : mmap(nullptr, copies_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+  void* const originals = mmap(nullptr, most_copies * sizeof(Copy), PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const flow =
+      mmap(nullptr, sizeof(Flow), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (flow != MAP_FAILED) flow_ = flow;
+  if (copies != MAP_FAILED) copies_ = static_cast<u8*>(copies);
+  if (originals != MAP_FAILED) originals_ = static_cast<Copy*>(originals);
+  return copies_ && originals_ && flow_;
+}
+
+bool CodePages::is_current(int copy) const {
+  const Copy& known = originals_[copy];
+  return translate::SharedCode::is_watched(u64(known.host)) && !std::memcmp(known.host, known.original, page_size);
+}
+
+int CodePages::judge(const u8* host, Gva page, const KnownCode& known, bool hides_xsave,
+                     const std::function<const u8*(Gva page)>& host_of) {
+  constexpr unsigned most_suspects = 64;
+  Suspect suspects[most_suspects];
+  const unsigned count = find_suspects(host, hides_xsave, suspects, most_suspects);
+  if (!count) return as_it_is;
+  if (count > most_suspects) return unwanted;
+  for (unsigned n = 0; n < count_; ++n)
+    if (originals_[n].host == host && is_current(int(n))) return int(n);
+  u64 begins[64] = {};
+  if (count_ == most_copies || !known.instructions(known.arg, host, begins)) return unwanted;
+  u32 known_count = 0;
+  for (u64 word : begins) known_count += u32(std::popcount(word));
+  // What did not do will not do before more is known.
+  Failure& failure = failures_[u64(host) / page_size % std::size(failures_)];
+  if (failure.host == host && known_count < failure.known + failure.known / 4) return unwanted;
+  failure = {host, known_count};
+
+  Copy& copy = originals_[count_];
+  copy.host = host;
+  std::memcpy(copy.original, host, page_size);
+  Flow& flow = *static_cast<Flow*>(flow_);
+  flow.begin(copy.original);
+  flow.follow(0, begins);
+  const auto proven = [&] {
+    for (unsigned n = 0; n < count; ++n) {
+      const bool at_begin = suspects[n].at_end && suspects[n].offset == 0;
+      if (at_begin ? !flow.begins_at(0) : flow.begin_of(suspects[n].offset) < 0) return false;
+    }
+    return true;
+  };
+  if (!proven()) {
+    // What leads there from near.
+    for (s64 distance = -Flow::nearby; distance <= Flow::nearby; ++distance)
+      if (const u8* near = distance ? host_of(page + u64(distance) * page_size) : nullptr) flow.add(distance, near);
+    for (s64 distance = -Flow::nearby; distance <= Flow::nearby && !proven(); ++distance) {
+      const u8* const near = distance ? host_of(page + u64(distance) * page_size) : nullptr;
+      u64 others[64] = {};
+      if (near && known.instructions(known.arg, near, others)) flow.follow(distance, others);
+    }
+  }
+  if (!proven()) return unwanted;
+
+  u8* const runs = copies_ + count_ * page_size;
+  std::memcpy(runs, copy.original, page_size);
+  bool patched = false;
+  for (unsigned n = 0; n < count; ++n) {
+    const unsigned offset = suspects[n].offset;
+    if (suspects[n].at_end && offset == 0) continue;
+    const unsigned begin = unsigned(flow.begin_of(offset));
+    // Prefixes may come before; whatever else does has it as a part of itself.
+    Decoded d;
+    const unsigned room = std::min<unsigned>(page_size - begin, 15);
+    if (suspects[n].at_end || !ZYAN_SUCCESS(decode_instruction(copy.original + begin, room, 64, d))) return unwanted;
+    if (d.instruction.raw.prefix_count == offset - begin) {
+      runs[offset] = 0x0f, runs[offset + 1] = 0x0b;
+      patched = true;
+    }
+  }
+  if (!patched) return as_it_is;
+  return int(count_++);
+}
+
+}  // namespace anykvm::engine::direct
