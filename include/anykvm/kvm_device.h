@@ -31,9 +31,10 @@ class ANYKVM_API KvmDevice {
   virtual std::string name() const = 0;
 
   /// The CPU engine of this library. Needs no privilege, no kernel module and no virtualisation in the CPU.
-  /// `engine`: "interpret", "translate", "translate-exact", "lockstep", or "auto" for the fastest; it counts for every
-  /// vCPU that the process creates from now on. Empty: what the environment variable ANYKVM_ENGINE says, else auto.
-  /// Throws std::invalid_argument for any other name.
+  /// `engine`: "interpret", "translate", "translate-exact", "direct" (which forks on the vCPU's thread: docs/direct.md),
+  /// "lockstep", or "auto" for the fastest that any program may have; it counts for every vCPU that the process creates
+  /// from now on. Empty: what the environment variable ANYKVM_ENGINE says, else auto. Throws std::invalid_argument for
+  /// any other name.
   static std::shared_ptr<KvmDevice> software(std::string_view engine = {});
   /// The host's KVM. Does not open anything yet: Kvm's constructor does, and throws when it cannot.
   static std::shared_ptr<KvmDevice> host(std::string path = "/dev/kvm");

@@ -142,7 +142,7 @@ class Cpu {
   Cpu(const Cpu&) = delete;
   Cpu& operator=(const Cpu&) = delete;
 
-  /// Not 0: an engine must return with ExitKind::attention at the next instruction boundary. Any thread may set it.
+  /// Not 0: an engine must return with ExitKind::attention at the next instruction boundary. See os/attention.h.
   std::atomic<u32> attention{0};
   /// An event waits for the interrupt window to open: Machine::interrupt_window_changed() is to be called when it may
   /// have. The vCPU sets it before an engine runs.

@@ -6,6 +6,7 @@
 #include <linux/futex.h>
 #include <linux/seccomp.h>
 #include <signal.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/rseq.h>
@@ -101,6 +102,11 @@ void append(Commands& commands, s64 number, u64 a = 0, u64 b = 0, u64 c = 0, u64
   commands.calls[commands.count++] = {number, {a, b, c, d, e, f}};
 }
 
+/// FSGSBASE, which the stub uses, and a wait for two futexes at once (Linux 5.16).
+bool host_has_what_it_takes() {
+  return getauxval(AT_HWCAP2) & 2 && (syscall(SYS_futex_waitv, nullptr, 0, 0, nullptr, 0) == 0 || errno != ENOSYS);
+}
+
 /// Two processes of one client cannot have their areas at that address in it at once.
 std::mutex starting;
 
@@ -112,6 +118,7 @@ Zygote::Area& Zygote::area(unsigned n) const {
 }
 
 bool Zygote::start(std::span<const int> files) {
+  if (!host_has_what_it_takes()) return false;
   memory_fd_ = os::create_memory_file("anykvm user code", memory_bytes);
   if (memory_fd_ < 0) return false;
   void* const mapped = mmap(nullptr, memory_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_fd_, 0);
