@@ -158,7 +158,6 @@ int CodePages::judge(const u8* host, Gva page, const KnownCode& known, bool hide
 
   u8* const runs = copies_ + count_ * page_size;
   std::memcpy(runs, copy.original, page_size);
-  bool patched = false;
   for (unsigned n = 0; n < count; ++n) {
     const unsigned offset = suspects[n].offset;
     if (suspects[n].at_end && offset == 0) continue;
@@ -167,12 +166,8 @@ int CodePages::judge(const u8* host, Gva page, const KnownCode& known, bool hide
     Decoded d;
     const unsigned room = std::min<unsigned>(page_size - begin, 15);
     if (suspects[n].at_end || !ZYAN_SUCCESS(decode_instruction(copy.original + begin, room, 64, d))) return unwanted;
-    if (d.instruction.raw.prefix_count == offset - begin) {
-      runs[offset] = 0x0f, runs[offset + 1] = 0x0b;
-      patched = true;
-    }
+    if (d.instruction.raw.prefix_count == offset - begin) runs[offset] = 0x0f, runs[offset + 1] = 0x0b;
   }
-  if (!patched) return as_it_is;
   return int(count_++);
 }
 

@@ -1,8 +1,8 @@
 // Pages of user code that have bytes of instructions which must not run natively (page_scan.h).
 //
 // Where such bytes are certain to be that instruction, a copy of the page runs that has UD2 in its place: the process
-// stops there, and the reference engine executes it. Where they are certain to be in the middle of another, there is
-// nothing to do. Certain is what the translator has met as an instruction, and what follows from there; the rest of the
+// stops there, and the reference engine executes it. Where they are certain to be in the middle of another, they stay in
+// it. Certain is what the translator has met as an instruction, and what follows from there; the rest of the
 // page's code stays translated until it is.
 #pragma once
 
