@@ -130,9 +130,17 @@ TEST_F(Pages, BranchesAreFollowedThroughOtherPages) {
   EXPECT_GE(judge(0), 0);
 }
 
-TEST_F(Pages, APageThatIsNotWatchedIsUnwanted) {
-  pages[0].put(0x100, {0x0f, 0xa2, ret});
+TEST_F(Pages, APageThatNobodyKnowsIsUnwanted) {
+  pages[0].put(0x340, {0x0f, 0xa2, ret});
   EXPECT_EQ(judge(0), CodePages::unwanted);
+}
+
+TEST_F(Pages, WhatHasBeenProvenOnceIsKnownToAll) {
+  for (CodePage& page : pages) page.put(0x560, {0x0f, 0xa2, ret});
+  EXPECT_EQ(judge(0), CodePages::unwanted);
+  known[pages[1].bytes] = {0x560};
+  EXPECT_GE(judge(1), 0);
+  EXPECT_GE(judge(0), 0) << "the same bytes";
 }
 
 TEST(PageScan, AgreesWithTheDecoder) {

@@ -3,9 +3,10 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstring>
-#include <span>
+#include <mutex>
 
 #include "engine/native/decoded.h"
 #include "engine/translate/shared_code.h"
@@ -83,6 +84,51 @@ class Flow {
   unsigned waiting_count_;
 };
 
+/// What has been proven of pages, by their contents: for all vCPUs of this process. Nothing is ever taken out.
+class Proofs {
+ public:
+  bool find(const u8* page, bool hides_xsave, u64& patched) const {
+    const unsigned count = count_.load(std::memory_order_acquire);
+    for (unsigned n = 0; n < count; ++n) {
+      if (proofs_[n].hides_xsave != hides_xsave || std::memcmp(proofs_[n].page, page, page_size)) continue;
+      patched = proofs_[n].patched;
+      return true;
+    }
+    return false;
+  }
+  void add(const u8* page, bool hides_xsave, u64 patched) {
+    const std::scoped_lock lock(adding_);
+    if (!proofs_) {
+      void* const memory = mmap(nullptr, most * sizeof(Proof), PROT_READ | PROT_WRITE,
+                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (memory == MAP_FAILED) return;
+      proofs_ = static_cast<Proof*>(memory);
+    }
+    const unsigned n = count_.load(std::memory_order_relaxed);
+    if (n == most) return;
+    std::memcpy(proofs_[n].page, page, page_size);
+    proofs_[n].hides_xsave = hides_xsave;
+    proofs_[n].patched = patched;
+    count_.store(n + 1, std::memory_order_release);
+  }
+
+ private:
+  static constexpr unsigned most = 2048;
+  struct Proof {
+    u8 page[page_size];
+    u64 patched;
+    bool hides_xsave;
+  };
+  std::mutex adding_;
+  Proof* proofs_ = nullptr;
+  std::atomic<unsigned> count_{0};
+};
+
+Proofs& proofs() {
+  static Proofs& all = *new Proofs;  // never destroyed: vCPUs may outlive static objects
+  return all;
+}
+
 }  // namespace
 
 CodePages::~CodePages() {
@@ -115,34 +161,53 @@ bool CodePages::is_current(int copy) const {
 
 int CodePages::judge(const u8* host, Gva page, const KnownCode& known, bool hides_xsave,
                      const std::function<const u8*(Gva page)>& host_of) {
-  constexpr unsigned most_suspects = 64;
-  Suspect suspects[most_suspects];
-  const unsigned count = find_suspects(host, hides_xsave, suspects, most_suspects);
-  if (!count) return as_it_is;
-  if (count > most_suspects) return unwanted;
+  if (!find_suspects(host, hides_xsave, nullptr, 0)) return as_it_is;
   for (unsigned n = 0; n < count_; ++n)
     if (originals_[n].host == host && is_current(int(n))) return int(n);
-  u64 begins[64] = {};
-  if (count_ == most_copies || !known.instructions(known.arg, host, begins)) return unwanted;
-  u32 known_count = 0;
-  for (u64 word : begins) known_count += u32(std::popcount(word));
-  // What did not do will not do before more is known.
-  Failure& failure = failures_[u64(host) / page_size % std::size(failures_)];
-  if (failure.host == host && known_count < failure.known + failure.known / 4) return unwanted;
-  failure = {host, known_count};
-
+  if (count_ == most_copies) return unwanted;
+  // What is proven is so of this copy, whoever writes to the page meanwhile.
   Copy& copy = originals_[count_];
   copy.host = host;
   std::memcpy(copy.original, host, page_size);
+  constexpr unsigned most_suspects = 64;
+  Suspect suspects[most_suspects];
+  const unsigned count = find_suspects(copy.original, hides_xsave, suspects, most_suspects);
+  if (count > most_suspects) return unwanted;
+  u64 patched = 0;
+  if (!translate::SharedCode::is_watched(u64(host)) || !proofs().find(copy.original, hides_xsave, patched)) {
+    if (!prove(copy, page, known, {suspects, count}, host_of, patched)) return unwanted;
+    proofs().add(copy.original, hides_xsave, patched);
+  }
+  u8* const runs = copies_ + count_ * page_size;
+  std::memcpy(runs, copy.original, page_size);
+  for (; patched; patched &= patched - 1) {
+    const unsigned offset = suspects[std::countr_zero(patched)].offset;
+    runs[offset] = 0x0f, runs[offset + 1] = 0x0b;
+  }
+  return int(count_++);
+}
+
+/// patched: of which suspects it is certain that they are what they look like, one bit each; of the others it is
+/// certain that they are not. false: it is not certain of all.
+bool CodePages::prove(const Copy& copy, Gva page, const KnownCode& known, std::span<const Suspect> suspects,
+                      const std::function<const u8*(Gva page)>& host_of, u64& patched) {
+  u64 begins[64] = {};
+  if (!known.instructions(known.arg, copy.host, begins)) return false;
+  u32 known_count = 0;
+  for (u64 word : begins) known_count += u32(std::popcount(word));
+  // What did not do will not do before more is known.
+  Failure& failure = failures_[u64(copy.host) / page_size % std::size(failures_)];
+  if (failure.host == copy.host && known_count < failure.known + failure.known / 4) return false;
+  failure = {copy.host, known_count};
+
   Flow& flow = *static_cast<Flow*>(flow_);
   flow.begin(copy.original);
   flow.follow(0, begins);
   const auto proven = [&] {
-    for (unsigned n = 0; n < count; ++n) {
-      const bool at_begin = suspects[n].at_end && suspects[n].offset == 0;
-      if (at_begin ? !flow.begins_at(0) : flow.begin_of(suspects[n].offset) < 0) return false;
-    }
-    return true;
+    return std::all_of(suspects.begin(), suspects.end(), [&](const Suspect& suspect) {
+      const bool at_begin = suspect.at_end && suspect.offset == 0;
+      return at_begin ? flow.begins_at(0) : flow.begin_of(suspect.offset) >= 0;
+    });
   };
   if (!proven()) {
     // What leads there from near.
@@ -154,21 +219,20 @@ int CodePages::judge(const u8* host, Gva page, const KnownCode& known, bool hide
       if (near && known.instructions(known.arg, near, others)) flow.follow(distance, others);
     }
   }
-  if (!proven()) return unwanted;
+  if (!proven()) return false;
 
-  u8* const runs = copies_ + count_ * page_size;
-  std::memcpy(runs, copy.original, page_size);
-  for (unsigned n = 0; n < count; ++n) {
+  patched = 0;
+  for (unsigned n = 0; n < suspects.size(); ++n) {
     const unsigned offset = suspects[n].offset;
     if (suspects[n].at_end && offset == 0) continue;
     const unsigned begin = unsigned(flow.begin_of(offset));
     // Prefixes may come before; whatever else does has it as a part of itself.
     Decoded d;
     const unsigned room = std::min<unsigned>(page_size - begin, 15);
-    if (suspects[n].at_end || !ZYAN_SUCCESS(decode_instruction(copy.original + begin, room, 64, d))) return unwanted;
-    if (d.instruction.raw.prefix_count == offset - begin) runs[offset] = 0x0f, runs[offset + 1] = 0x0b;
+    if (suspects[n].at_end || !ZYAN_SUCCESS(decode_instruction(copy.original + begin, room, 64, d))) return false;
+    if (d.instruction.raw.prefix_count == offset - begin) patched |= 1ull << n;
   }
-  return int(count_++);
+  return true;
 }
 
 }  // namespace anykvm::engine::direct

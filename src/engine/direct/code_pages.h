@@ -1,12 +1,13 @@
 // Pages of user code that have bytes of instructions which must not run natively (page_scan.h).
 //
 // Where such bytes are certain to be that instruction, a copy of the page runs that has UD2 in its place: the process
-// stops there, and the reference engine executes it. Where they are certain to be in the middle of another, they stay in
-// it. Certain is what the translator has met as an instruction, and what follows from there; the rest of the
-// page's code stays translated until it is.
+// stops there, and the reference engine executes it. Where they are certain to be in the middle of another, they stay
+// in it. Certain is what the translator has met as an instruction, and what follows from there; the rest of the page's
+// code stays translated until it is.
 #pragma once
 
 #include <functional>
+#include <span>
 
 #include "engine/direct/page_scan.h"
 
@@ -50,6 +51,9 @@ class CodePages {
     const u8* host;
     u32 known;  ///< instructions that were not enough
   };
+
+  bool prove(const Copy& copy, Gva page, const KnownCode& known, std::span<const Suspect> suspects,
+             const std::function<const u8*(Gva page)>& host_of, u64& patched);
 
   int fd_ = -1;
   u8* copies_ = nullptr;

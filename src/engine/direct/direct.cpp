@@ -77,6 +77,8 @@ void Direct::interrupted(x86::Cpu& cpu) {
   const u64 now = __rdtsc(), ticks = now - std::exchange(last_seen_, now);
   const u64 entries = entries_ - std::exchange(entries_seen_, entries_);
   if (!works_ || ticks < ticks_of_us(300)) return;
+  // Some milliseconds, once: rather now than when it is to make something fast.
+  if (!zygote_.running() && suits(cpu) && !prepare(cpu)) return;
   if (current_ && looked_up_ == space_of(cpu)) return;
   Candidate& seen = candidate(space_of(cpu));
   // Translated code takes some four times as long.
@@ -107,6 +109,7 @@ bool Direct::prepare(x86::Cpu& cpu) {
     space->process.end();
   }
   current_ = nullptr;
+  unbind();  // the processes inherit where the thread may be
   zygote_.stop();
   ram_.find(cpu.machine);
   int files[GuestRam::most_parts + 1];
@@ -131,6 +134,7 @@ Direct::Space* Direct::make_space(x86::Cpu& cpu, u64 number) {
     return nullptr;
   }
   space.number = number;
+  space.placed = false;
   space.mirror.begin(space.process, ram_, code_, (cpu.state.xcr0 ^ host_xcr0()) != 0);
   return &space;
 }
@@ -232,15 +236,18 @@ Direct::Next Direct::run(x86::Cpu& cpu) {
   }
   running_ = current_;
   running_->used = ++runs_;
-  bind();
   if (!running_->mirror.follow_changes(cpu)) {
     running_->number = 0;
     running_ = current_ = nullptr;
     candidate(looked_up_).hits = 0;
     return Next::translate;
   }
+  // What the guest's kernel has mapped on a fault, before it is met again.
+  if (const PendingFault fault = std::exchange(fault_, {}); fault.rip == cpu.state.rip && fault.space == looked_up_)
+    (void)running_->mirror.resolve(cpu, fault.address, fault.access, known_);
   if (!load(cpu)) return lose(cpu);
   for (;;) {
+    bind();
     const u64 began = __rdtsc();
     running_->process.go();
     if (running_->process.wait(cpu.attention, cpu.immediate_exit) == HostProcess::Stop::gone) return lose(cpu);
@@ -263,6 +270,8 @@ Direct::Next Direct::run(x86::Cpu& cpu) {
         note_stretch(ticks, true);
         if (current_ && !cpu.attention.load(std::memory_order_relaxed)) continue;
         next = Next::decide;
+      } else if (fault == Mirror::Fault::guests) {
+        fault_ = {u64(registers[REG_RIP]), looked_up_, u64(registers[REG_CR2]), access};
       } else if (fault == Mirror::Fault::unwanted) {
         paused_ = true;
         next = Next::translate;
@@ -312,18 +321,19 @@ void Direct::rewind(x86::Cpu& cpu, int signal, u64 trap) const {
   }
 }
 
-/// To the CPU that the thread is on: two threads that take turns are quick only there. Let go now and then, so that the
-/// host's scheduler may find it another.
+/// Two threads that take turns are quick only on the same CPU. Now and then the guest's code is let go for a turn, so
+/// that the host's scheduler finds it the best one, and the vCPU's thread follows.
 void Direct::bind() {
-  constexpr u64 longest_us = 50'000;
+  constexpr u64 longest_us = 10'000;
   const u64 now = __rdtsc();
-  if (bound_to_ >= 0 && now - bound_since_ > ticks_of_us(longest_us)) {
+  if (!std::exchange(running_->placed, true) || (bound_to_ >= 0 && now - bound_since_ > ticks_of_us(longest_us))) {
     unbind();
     return;
   }
   if (bound_to_ < 0) {
-    if (sched_getaffinity(0, sizeof cpus_, &cpus_) != 0 || CPU_COUNT(&cpus_) < 1) return;
-    bound_to_ = sched_getcpu();
+    if (sched_getaffinity(0, sizeof cpus_, &cpus_) != 0) return;
+    const int there = running_->process.cpu();
+    bound_to_ = CPU_ISSET(std::size_t(there), &cpus_) ? there : sched_getcpu();
     cpu_set_t one;
     CPU_ZERO(&one);
     CPU_SET(std::size_t(bound_to_), &one);

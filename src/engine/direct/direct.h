@@ -56,7 +56,8 @@ class Direct {
     u64 number = 0;  ///< space_of() its owner; 0: free
     HostProcess process;
     Mirror mirror;
-    u64 used = 0;  ///< when it ran last, in runs
+    u64 used = 0;         ///< when it ran last, in runs
+    bool placed = false;  ///< the host's scheduler has chosen a CPU for it
   };
   /// What is known of an address space that is seen in user code.
   struct Candidate {
@@ -97,6 +98,12 @@ class Direct {
   u64 runs_ = 0;
   // interrupted()
   u64 entries_ = 0, entries_seen_ = 0, last_seen_ = 0;
+  /// A fault of the guest's.
+  struct PendingFault {
+    u64 rip = 0, space = 0;
+    Gva address = 0;
+    x86::Access access{};
+  } fault_;
   // How long the guest's code runs between stops, since that was judged last.
   u64 ticks_ = 0;
   u32 exits_ = 0, faults_ = 0;

@@ -87,6 +87,7 @@ class HostProcess {
   /// The XSAVE image that belongs to it, in the standard format, with the kernel's words in its legacy region's last 48
   /// bytes; empty: as above.
   std::span<u8> xsave_image(const ucontext_t& context) const;
+  int cpu() const { return int(block().cpu % CPU_SETSIZE); }  ///< that the guest's code was on
   u64 call_address() const { return block().call_address; }
   u64& fs_base() const { return block().fs_base; }
   u64& gs_base() const { return block().gs_base; }

@@ -128,6 +128,10 @@ anykvm_stub_handler:
     movq %rdx, BLOCK + STUB_BLOCK_CONTEXT(%rip)
     movq 16(%rsi), %rax  # si_call_addr, if it is SIGSYS
     movq %rax, BLOCK + STUB_BLOCK_CALL_ADDRESS(%rip)
+    movl $0x7b, %eax  # Linux' segment of each CPU, whose limit has the CPU's number
+    lsll %eax, %eax
+    andl $0xfff, %eax
+    movl %eax, BLOCK + STUB_BLOCK_CPU(%rip)
     rdfsbase %rax
     movq %rax, BLOCK + STUB_BLOCK_FS_BASE(%rip)
     rdgsbase %rax

@@ -28,6 +28,7 @@
 #define STUB_BLOCK_RUNNER 52
 #define STUB_BLOCK_CALL_ADDRESS 56
 #define STUB_BLOCK_SCRATCH 64
+#define STUB_BLOCK_CPU 72
 
 #ifndef __ASSEMBLER__
 #include <cstddef>
@@ -73,7 +74,8 @@ struct StubBlock {
   u32 process, runner;
   u64 call_address;  ///< of a system call that stopped the runner: behind the instruction, or in the vsyscall page
   u8 scratch[8];
-  u8 rest[STUB_BLOCK_SIZE - 72];  ///< its upper end is the runner's signal stack
+  u32 cpu;                        ///< that the runner was on when it stopped
+  u8 rest[STUB_BLOCK_SIZE - 76];  ///< its upper end is the runner's signal stack
 };
 static_assert(offsetof(StubBlock, stops) == STUB_BLOCK_STOPS && offsetof(StubBlock, go) == STUB_BLOCK_GO &&
               offsetof(StubBlock, done) == STUB_BLOCK_DONE && offsetof(StubBlock, signal) == STUB_BLOCK_SIGNAL &&
@@ -82,7 +84,8 @@ static_assert(offsetof(StubBlock, stops) == STUB_BLOCK_STOPS && offsetof(StubBlo
               offsetof(StubBlock, context) == STUB_BLOCK_CONTEXT && offsetof(StubBlock, error) == STUB_BLOCK_ERROR &&
               offsetof(StubBlock, process) == STUB_BLOCK_PROCESS && offsetof(StubBlock, runner) == STUB_BLOCK_RUNNER &&
               offsetof(StubBlock, call_address) == STUB_BLOCK_CALL_ADDRESS &&
-              offsetof(StubBlock, scratch) == STUB_BLOCK_SCRATCH && sizeof(StubBlock) == STUB_BLOCK_SIZE);
+              offsetof(StubBlock, scratch) == STUB_BLOCK_SCRATCH && offsetof(StubBlock, cpu) == STUB_BLOCK_CPU &&
+              sizeof(StubBlock) == STUB_BLOCK_SIZE);
 
 inline constexpr u32 signal_stack = 0x1000;  ///< where it begins in the block
 
