@@ -195,6 +195,8 @@ class Cpu {
   // --- rights of data accesses; kept by update_mode() -----------------------------------------------------------
   Privilege data_privilege = Privilege::supervisor_ac;    ///< explicit accesses at the current CPL and AC
   Privilege system_privilege = Privilege::supervisor_ac;  ///< implicit supervisor accesses
+  /// Instruction fetches, which AC does not change.
+  Privilege fetch_privilege() const { return state.cpl == 3 ? Privilege::user : system_privilege; }
   /// An address that the paging mode can translate.
   bool canonical(u64 address) const {
     return x86::canonical(address) || (state.cr4 & cr4::la57 && x86::canonical57(address));

@@ -93,13 +93,11 @@ class Interpreter final : public Reference {
   ProbePages probe_pages_;
 };
 
-inline Privilege fetch_privilege(const Cpu& cpu) { return cpu.state.cpl == 3 ? Privilege::user : cpu.system_privilege; }
-
 /// The common case, small enough to be part of the loop: 64-bit code on a page that the TLB has, already decoded.
 inline const Instruction* Interpreter::fetch(Cpu& cpu, Result& why_not) {
   const Gva gva = cpu.state.rip;
   if (cpu.state.code_bits == 64 && (gva & ~page_mask) <= page_size - 16) [[likely]] {
-    if (const u8* code_at = cpu.mmu.lookup(gva, 1, Access::fetch, fetch_privilege(cpu))) [[likely]] {
+    if (const u8* code_at = cpu.mmu.lookup(gva, 1, Access::fetch, cpu.fetch_privilege())) [[likely]] {
       const Instruction& slot = slots_[slot_of(gva)];
       if (slot.code_bits == 64 && is_cached(slot, code_at)) [[likely]]
         return &slot;
@@ -118,7 +116,7 @@ inline bool Interpreter::is_cached(const Instruction& slot, const u8* code_at) {
 /// The bytes of RAM that an instruction at gva begins with; nullptr with why_not set.
 const u8* Interpreter::code_page(Cpu& cpu, Gva gva, Result& why_not) {
   x86::Mmu::Translation page;
-  why_not = cpu.mmu.translate(cpu, gva, Access::fetch, fetch_privilege(cpu), page);
+  why_not = cpu.mmu.translate(cpu, gva, Access::fetch, cpu.fetch_privilege(), page);
   if (why_not == Result::ok && !page.host) {
     why_not = cpu.give_up("instruction fetch from outside RAM");
   }

@@ -20,9 +20,10 @@ unsigned fetch(x86::Cpu& cpu, Gva rip, u8 (&bytes)[15]) {
   const x86::Fault fault = cpu.fault;
   const x86::Exit exit = cpu.exit;
   while (have < sizeof bytes) {
-    const x86::Privilege privilege = cpu.state.cpl == 3 ? x86::Privilege::user : cpu.system_privilege;
     x86::Mmu::Translation page;
-    if (cpu.mmu.translate(cpu, rip + have, x86::Access::fetch, privilege, page) != x86::Result::ok || !page.host) break;
+    if (cpu.mmu.translate(cpu, rip + have, x86::Access::fetch, cpu.fetch_privilege(), page) != x86::Result::ok ||
+        !page.host)
+      break;
     const unsigned room = unsigned(page_size - ((rip + have) & ~page_mask));
     const unsigned length = std::min<unsigned>(room, sizeof bytes - have);
     std::memcpy(bytes + have, page.host, length);

@@ -177,13 +177,13 @@ int CodeCache::instruction_at(const Block& block, const u8* host) {
 }
 
 void CodeCache::mark_instructions(const CodePage& page, u64 (&begins)[page_size / 64]) const {
-  for (u32 number = page.first_block; number; number = blocks_[number].next_in_page) {
-    PlaceReader places(blocks_[number].places);
-    for (u32 n = 0; n < blocks_[number].instructions; ++n) {
+  for_each_block(page, [&begins](const Block& block) {
+    PlaceReader places(block.places);
+    for (u32 n = 0; n < block.instructions; ++n) {
       const unsigned offset = places.next().offset;
       begins[offset / 64] |= 1ull << offset % 64;
     }
-  }
+  });
 }
 
 /// Takes a block out of the index, if it is there, and moves those behind it up that would not be found any more.

@@ -61,15 +61,12 @@ void Translator::translate_crossing(u64 rip) {
   if (first >= longest_instruction || cpu_->exit.kind != x86::ExitKind::none || code_dropped_ || !translatable() ||
       cpu_->data_privilege != mode_.privilege || cpu_->mmu.flush_count() != flushes_seen_)
     return;
-  const x86::Privilege privilege =
-      mode_.privilege == x86::Privilege::user ? x86::Privilege::user : cpu_->system_privilege;
-  const u8* const host = cpu_->mmu.find(rip, 1, x86::Access::fetch, privilege);
-  const u8* const next_host = cpu_->mmu.find(rip + first, 1, x86::Access::fetch, privilege);
+  const u8* const host = cpu_->mmu.find(rip, 1, x86::Access::fetch, cpu_->fetch_privilege());
+  const u8* const next_host = cpu_->mmu.find(rip + first, 1, x86::Access::fetch, cpu_->fetch_privilege());
   if (!host || !next_host) return;
   CodePage *page = cache_.find_page(u64(host) & page_mask), *next = cache_.find_page(u64(next_host));
   if (!page || !next || !page->first_block || !next->first_block) return;
-  if (next->verified != epoch_ && (!SharedCode::is_watched(next->address) || !cache_.is_unchanged(*next))) return;
-  next->verified = epoch_;
+  if (!verify(*next)) return;
   Block* const old = cache_.find(u64(host), block_mode(false));
   if (!old || old->generation == most_generations) return;
   if (!(next->lines & 1)) cache_.take_copy(*next, epoch_);

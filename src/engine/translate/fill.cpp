@@ -60,9 +60,7 @@ void Translator::note_place(u64 rip, CodePage& page) {
 }
 
 void Translator::link_chain(Chain& chain, Gva from, u64 rip) {
-  const x86::Privilege privilege =
-      mode_.privilege == x86::Privilege::user ? x86::Privilege::user : cpu_->system_privilege;
-  const u8* host = cpu_->mmu.find(from, 1, x86::Access::fetch, privilege);
+  const u8* host = cpu_->mmu.find(from, 1, x86::Access::fetch, cpu_->fetch_privilege());
   const CodePage* page = host ? cache_.find_page(u64(host)) : nullptr;
   if (!page || page->seen_at != from || page->seen_in != era(page->seen_in & 1)) return;
   const bool global = page->seen_in & 1 && is_global(rip);
@@ -86,21 +84,23 @@ void Translator::note_jump(u64 rip, CodePage& page, const Block& block) {
   jumps_used_[global][jumps_used_count_[global]++] = mode_.number() * jump_entries + slot;
 }
 
+bool Translator::verify(CodePage& page) {
+  if (page.verified == epoch_) return true;
+  if (!SharedCode::is_watched(page.address) || !cache_.is_unchanged(page)) return false;
+  page.verified = epoch_;
+  return true;
+}
+
 /// The run loop decides wherever anything is to be looked at first.
 bool Translator::find(u64 rip) {
   if (context_->attention->load(std::memory_order_relaxed) || cpu_->mmu.flush_count() != flushes_seen_ ||
       !shared_.is_quiet())
     return false;
-  const x86::Privilege privilege =
-      mode_.privilege == x86::Privilege::user ? x86::Privilege::user : cpu_->system_privilege;
-  const u8* host = cpu_->mmu.find(rip, 1, x86::Access::fetch, privilege);
+  const u8* host = cpu_->mmu.find(rip, 1, x86::Access::fetch, cpu_->fetch_privilege());
   if (!host) return false;
   CodePage* page = cache_.find_page(u64(host) & page_mask);
   if (!page || !page->first_block) return false;
-  if (page->verified != epoch_) {
-    if (!SharedCode::is_watched(page->address) || !cache_.is_unchanged(*page)) return false;
-    page->verified = epoch_;
-  }
+  if (!verify(*page)) return false;
   const Block* block = cache_.find(u64(host), mode_.number());
   if (!block) return false;
   note_jump(rip, *page, *block);

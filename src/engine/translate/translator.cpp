@@ -271,10 +271,10 @@ Block* Translator::make_block(CodePage& page, u64 address, bool single_checks, c
 
 Block* Translator::block_at_rip(bool single_checks) {
   x86::CpuState& s = cpu_->state;
-  const x86::Privilege privilege = s.cpl == 3 ? x86::Privilege::user : cpu_->system_privilege;
   x86::Mmu::Translation where;
   const u64 walks = cpu_->mmu.walks;
-  if (cpu_->mmu.translate(*cpu_, s.rip, x86::Access::fetch, privilege, where) != x86::Result::ok || !where.host)
+  if (cpu_->mmu.translate(*cpu_, s.rip, x86::Access::fetch, cpu_->fetch_privilege(), where) != x86::Result::ok ||
+      !where.host)
     return nullptr;
   const bool newly_mapped = cpu_->mmu.walks != walks;
   const u64 address = reinterpret_cast<u64>(where.host);
@@ -492,13 +492,18 @@ bool Translator::run_natively() {
   switch (direct_->run(*cpu_)) {
     case direct::Direct::Next::translate: return false;
     case direct::Direct::Next::decide: break;
-    case direct::Direct::Next::step:
-      ++steps_[ZYDIS_MNEMONIC_INVALID];
-      reference_->step(*cpu_);
-      break;
+    case direct::Direct::Next::step: step_outside(); break;
   }
   serialized_ = true;
   return true;
+}
+
+/// The reference engine executes one instruction that no block has.
+void Translator::step_outside() {
+  ++steps_[ZYDIS_MNEMONIC_INVALID];
+  forget_system_calls();
+  save_x87();
+  reference_->step(*cpu_);
 }
 
 void Translator::limit_blocks(unsigned instructions) {
@@ -532,12 +537,7 @@ bool Translator::run_once() {
   Block* block = translatable() && mode_.vectors >= wants_vectors && !faulted ? block_at_rip(single_checks) : nullptr;
   if (!block) {
     context_->link_site = 0;
-    if (may_step()) {
-      ++steps_[ZYDIS_MNEMONIC_INVALID];
-      forget_system_calls();
-      save_x87();
-      reference_->step(*cpu_);
-    }
+    if (may_step()) step_outside();
     serialized_ = true;
     return cpu_->exit.kind == ExitKind::none;
   }

@@ -68,6 +68,7 @@ class Translator final : public Engine {
   Mode next_mode(u8 wants_vectors);
   /// User code natively, if that is wanted. false: it is not.
   bool run_natively();
+  void step_outside();
   static bool known_instructions(void* self, const u8* host, u64 (&begins)[page_size / 64]);
   void follow_flushes();
   void flush_tlb(bool global);
@@ -79,6 +80,8 @@ class Translator final : public Engine {
   void drop(CodePage& page);
   static constexpr unsigned jump_page_bits = 1u << 16;
   static constexpr unsigned jump_page_bit(Gva page) { return unsigned(page >> 12 ^ page >> 24) % jump_page_bits; }
+  /// Whether the page, which has blocks, is watched and as they found it; once in an epoch.
+  bool verify(CodePage& page);
   /// Aims the jump that Context::link_site names at the block.
   void aim_link(const Block& block);
   void note_jump(u64 rip, CodePage& page, const Block& block);
