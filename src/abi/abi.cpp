@@ -41,11 +41,10 @@ long dispatch(const OpenFile& file, int fd, u32 number, u64 arg) {
 int open_system(int flags) {
   engine::Kind kind;
   if (const char* invalid = nullptr; !engine::default_kind(kind, &invalid)) {
-    std::fprintf(
-        stderr,
-        "anykvm: ANYKVM_ENGINE is '%s'; it may be auto, interpret or, where the processor has BMI2, translate, "
-        "translate-exact or lockstep\n",
-        invalid);
+    std::string names = "auto";
+    for (const engine::Kind each : engine::every_kind)
+      if (engine::runs_here(each)) names += std::string(", ") + engine::name_of(each);
+    std::fprintf(stderr, "anykvm: ANYKVM_ENGINE is '%s'; on this processor it may be %s\n", invalid, names.c_str());
     return -EINVAL;
   }
   os::install_fault_handlers();

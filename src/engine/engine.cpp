@@ -20,7 +20,7 @@ bool parse_kind(std::string_view name, Kind& kind) {
     kind = runs_here(Kind::translate) ? Kind::translate : Kind::interpret;
     return true;
   }
-  for (const Kind each : {Kind::interpret, Kind::translate, Kind::translate_exact, Kind::direct, Kind::lockstep}) {
+  for (const Kind each : every_kind) {
     if (name != name_of(each)) continue;
     kind = each;
     return runs_here(kind);

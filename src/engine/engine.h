@@ -51,6 +51,8 @@ std::unique_ptr<Engine> make_direct();
 std::unique_ptr<Engine> make_lockstep();
 
 enum class Kind : u8 { interpret, translate, translate_exact, direct, lockstep };
+inline constexpr Kind every_kind[] = {Kind::interpret, Kind::translate, Kind::translate_exact, Kind::direct,
+                                      Kind::lockstep};
 /// Whether this processor has what the engine emits: the translator needs BMI2.
 bool runs_here(Kind kind);
 /// A kind's name, or "auto" (or nothing) for the fastest that runs here. false: no such engine, or it does not run

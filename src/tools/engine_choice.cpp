@@ -8,16 +8,13 @@ namespace anykvm::tools {
 
 EngineChoice choose_engine(const std::string& wish, bool maps_files) {
   if (wish == "host") return {.host = true, .name = "host", .reason = "asked for", .host_kvm = {}};
-  const std::string direct = engine::name_of(engine::Kind::direct);
-  if (wish != "auto")
-    return {.host = false, .name = wish, .runs_natively = wish == direct, .reason = "asked for", .host_kvm = {}};
+  if (wish != "auto") return {.host = false, .name = wish, .reason = "asked for", .host_kvm = {}};
   const HostProbe probe = probe_host_kvm();
   engine::Kind kind = engine::Kind::interpret;
   engine::parse_kind("auto", kind);
   if (maps_files && kind == engine::Kind::translate) kind = engine::Kind::direct;
   return {.host = probe.serves,
           .name = probe.serves ? "host" : engine::name_of(kind),
-          .runs_natively = !probe.serves && kind == engine::Kind::direct,
           .reason = probe.reason,
           .host_kvm = probe.reason};
 }

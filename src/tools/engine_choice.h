@@ -9,11 +9,10 @@
 namespace anykvm::tools {
 
 struct EngineChoice {
-  bool host = false;           ///< the host's /dev/kvm rather than this library's CPU engine
-  std::string name;            ///< "host", or an engine of our own
-  bool runs_natively = false;  ///< the engine runs user code in processes that map guest RAM
-  std::string reason;          ///< one clause
-  std::string host_kvm;        ///< what the probe of /dev/kvm found; empty when it was not asked
+  bool host = false;     ///< the host's /dev/kvm rather than this library's CPU engine
+  std::string name;      ///< "host", or an engine of our own
+  std::string reason;    ///< one clause
+  std::string host_kvm;  ///< what the probe of /dev/kvm found; empty when it was not asked
 };
 
 /// `wish` is auto, host or an engine's name (engine/engine.h). Only auto asks the host. maps_files: guest RAM will be

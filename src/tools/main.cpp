@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 
+#include "engine/engine.h"
 #include "tools/engine_choice.h"
 #include "tools/info.h"
 #include "tools/options.h"
@@ -24,14 +25,17 @@ struct BootArguments {
   bool boot_menu = false, quiet = false;
 };
 
-CLI::Option* add_engine_option(CLI::App& command, std::string& engine) {
+CLI::Option* add_engine_option(CLI::App& command, std::string& wish) {
+  std::vector<std::string> names = {"auto"};
+  for (const engine::Kind kind : engine::every_kind) names.emplace_back(engine::name_of(kind));
+  names.emplace_back("host");
   return command
-      .add_option("--engine", engine,
+      .add_option("--engine", wish,
                   "What runs guest code: auto, interpret, translate, translate-exact (keeps flags that nothing reads), "
                   "direct (translate, and user code that runs for long on the host CPU itself), lockstep (two engines, "
                   "compared), or host (the host's /dev/kvm)")
       ->type_name("NAME")
-      ->check(CLI::IsMember({"auto", "interpret", "translate", "translate-exact", "direct", "lockstep", "host"}))
+      ->check(CLI::IsMember(names))
       ->capture_default_str();
 }
 
@@ -101,9 +105,10 @@ int run_boot(const BootArguments& arguments) {
   options.machine.network = arguments.network == "user";
   if (!arguments.timeout.empty()) options.timeout = parse_duration("--timeout", arguments.timeout);
   options.quiet = arguments.quiet;
-  const EngineChoice engine = choose_engine(arguments.engine, true);
-  if (engine.runs_natively) options.machine.memory_backing = vmm::GuestMemory::Backing::file;
-  return vmm::boot(open_engine(engine), options);
+  const EngineChoice choice = choose_engine(arguments.engine, true);
+  if (choice.name == engine::name_of(engine::Kind::direct))
+    options.machine.memory_backing = vmm::GuestMemory::Backing::file;
+  return vmm::boot(open_engine(choice), options);
 }
 
 void describe_run(CLI::App& command, RunOptions& options) {

@@ -1,4 +1,6 @@
 // What of a vCPU's life goes into its trace. Nothing here is called without one.
+#include <utility>
+
 #include "os/clock.h"
 #include "vcpu/internal_error.h"
 #include "vcpu/vcpu.h"
@@ -53,8 +55,8 @@ void Vcpu::trace_guest(u64 began_ns) {
   u64 value;
   const char* const what = name_of_exit(cpu_, value);
   trace_->add({began_ns, now, "guest", what, value, rip});
-  if (const char* const mode = mode_name(cpu_); mode != traced_mode_) trace_->add({now, now, mode, nullptr, 0, rip});
-  traced_mode_ = mode_name(cpu_);
+  const char* const mode = mode_name(cpu_);
+  if (mode != std::exchange(traced_mode_, mode)) trace_->add({now, now, mode, nullptr, 0, rip});
 }
 
 void Vcpu::trace_entry() {
