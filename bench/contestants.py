@@ -1,4 +1,4 @@
-"""Who takes part: the host CPU, anykvm's engines, QEMU's TCG. Each runs a list of workloads and answers what each took."""
+"""Who takes part: the host CPU, anykvm's engines, QEMU on anykvm and on its own TCG. Each runs a list of workloads and answers what each took."""
 
 import dataclasses
 import os
@@ -150,11 +150,17 @@ def anykvm(engine):
                                          "--kernel", GUEST / "vmlinuz", "--initrd", initrd, "--append", "quiet"]
 
 
-def qemu(cpus, memory, initrd):
-    return [QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-M", "q35", "-m", memory, "-smp", cpus, "-nographic", "-no-reboot",
-            "-nodefaults", "-serial", "stdio", "-kernel", GUEST / "vmlinuz", "-initrd", initrd, "-append", "console=ttyS0 quiet"]
+def qemu(accelerator, *launcher):
+    return lambda cpus, memory, initrd: [*launcher, QEMU, "-accel", accelerator, "-cpu", "max", "-M", "q35", "-m", memory, "-smp", cpus,
+                                         "-nographic", "-no-reboot", "-nodefaults", "-serial", "stdio", "-kernel", GUEST / "vmlinuz",
+                                         "-initrd", initrd, "-append", "console=ttyS0 quiet"]
 
 
 NATIVE = Native()
-GUESTS = {"direct": Guest("direct", anykvm("direct"), 300), "translate": Guest("translate", anykvm("translate"), 300), "tcg": Guest("tcg", qemu, 120),
-          "interpret": Guest("interpret", anykvm("interpret"), 300)}
+GUESTS = {guest.name: guest for guest in (
+    Guest("direct", anykvm("direct"), 300),
+    Guest("translate", anykvm("translate"), 300),
+    Guest("qemu", qemu("kvm", ANYKVM, "run", "--quiet", "--engine", "direct", "--"), 120),
+    Guest("tcg", qemu("tcg,thread=multi"), 120),
+    Guest("interpret", anykvm("interpret"), 300),
+)}
