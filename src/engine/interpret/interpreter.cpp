@@ -27,6 +27,7 @@ namespace {
 
 constexpr unsigned cache_entries = 1u << 15;
 constexpr std::size_t code_bytes = std::size_t(cache_entries) * native_code_bytes;
+constexpr u64 longest_instruction = 15;
 /// How often at least immediate_exit is looked at, in instructions.
 constexpr u64 poll_interval = 64;
 
@@ -49,7 +50,7 @@ class HostControlWords {
   u16 control_;
 };
 
-enum class Way { run, step, rehearse };
+enum class Way { run, stretch, step, rehearse };
 
 class Interpreter final : public Reference {
  public:
@@ -67,6 +68,11 @@ class Interpreter final : public Reference {
   void step(Cpu& cpu) override { (void)execute<Way::step>(cpu); }
   Rehearsed rehearse(Cpu& cpu, std::span<Boundary> boundaries, u32 enough) override {
     return execute<Way::rehearse>(cpu, boundaries, enough);
+  }
+  u64 run_stretch(Cpu& cpu) override {
+    const u64 before = cpu.instructions;
+    (void)execute<Way::stretch>(cpu);
+    return cpu.instructions - before;
   }
   const char* name() const override { return "interpret"; }
 
@@ -93,13 +99,20 @@ class Interpreter final : public Reference {
   ProbePages probe_pages_;
 };
 
-/// The common case, small enough to be part of the loop: 64-bit code on a page that the TLB has, already decoded.
+/// The common case, small enough to be part of the loop: code on a page that the TLB has, already decoded.
 inline const Instruction* Interpreter::fetch(Cpu& cpu, Result& why_not) {
-  const Gva gva = cpu.state.rip;
-  if (cpu.state.code_bits == 64 && (gva & ~page_mask) <= page_size - 16) [[likely]] {
+  const x86::CpuState& s = cpu.state;
+  Gva gva = s.rip;
+  if (s.code_bits != 64) {
+    const x86::Segment& code = s.segment[x86::cs];
+    if (gva > code.limit || code.limit - gva < longest_instruction - 1) [[unlikely]]
+      return fetch_slowly(cpu, why_not);
+    gva = u32(gva + code.base);
+  }
+  if ((gva & ~page_mask) <= page_size - 16) [[likely]] {
     if (const u8* code_at = cpu.mmu.lookup(gva, 1, Access::fetch, cpu.fetch_privilege())) [[likely]] {
       const Instruction& slot = slots_[slot_of(gva)];
-      if (slot.code_bits == 64 && is_cached(slot, code_at)) [[likely]]
+      if (slot.code_bits == s.code_bits && is_cached(slot, code_at)) [[likely]]
         return &slot;
     }
   }
@@ -126,7 +139,7 @@ const u8* Interpreter::code_page(Cpu& cpu, Gva gva, Result& why_not) {
 const Instruction* Interpreter::fetch_slowly(Cpu& cpu, Result& why_not) {
   const x86::CpuState& s = cpu.state;
   Gva gva = s.rip;
-  u64 room = 15;  // up to the end of the code segment
+  u64 room = longest_instruction;  // up to the end of the code segment
   const auto behind_limit = [&]() -> const Instruction* {
     why_not = cpu.gp();
     return nullptr;
@@ -247,7 +260,12 @@ Reference::Rehearsed Interpreter::execute(Cpu& cpu, std::span<Boundary> boundari
     return rehearsed;
   }
 
-  for (;;) {
+  [[maybe_unused]] const u8 code_bits = cpu.state.code_bits;
+  for (u64 passes = 0;; ++passes) {
+    if constexpr (way == Way::stretch) {
+      if (cpu.attention.load(std::memory_order_relaxed) || passes == poll_interval || cpu.state.code_bits != code_bits)
+        break;
+    }
     if constexpr (way == Way::run) {
       if (cpu.attention.load(std::memory_order_relaxed) ||
           (cpu.instructions % poll_interval == 0 && __atomic_load_n(cpu.immediate_exit, __ATOMIC_RELAXED)))

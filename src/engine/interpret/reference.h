@@ -1,4 +1,5 @@
-// The reference engine as the lockstep engine uses it: instructions that are executed to be taken back.
+// The reference engine as other engines use it: instructions that are executed to be taken back, and stretches of what
+// those do not execute themselves.
 #pragma once
 
 #include <cstring>
@@ -33,6 +34,10 @@ class Reference : public Engine {
   /// twice (`Instruction::repeatable`). Nothing is delivered, attention is not looked at, cpu.exit means nothing
   /// afterwards. Cpu::rehearsal is the caller's.
   virtual Rehearsed rehearse(x86::Cpu& cpu, std::span<Boundary> boundaries, u32 enough) = 0;
+
+  /// Executes instructions as run() does, but only a few, and none behind a change of CpuState::code_bits. Attention
+  /// ends it, too; exit.kind is none then. Returns how many it has retired.
+  virtual u64 run_stretch(x86::Cpu& cpu) = 0;
 
   bool end_rehearsal = false;  ///< set from Cpu::rehearsal: it stops behind the instruction
 };

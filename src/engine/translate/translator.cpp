@@ -64,7 +64,7 @@ Next step_function(Context* context, u64 request) {
 
 Translator::Translator(bool exact, bool direct)
     : exact_(exact),
-      reference_(make_interpreter()),
+      reference_(make_reference()),
       direct_(direct ? std::make_unique<direct::Direct>(direct::KnownCode{known_instructions, this}) : nullptr),
       cache_(wanted_code_bytes()) {
   void* memory =
@@ -498,12 +498,16 @@ bool Translator::run_natively() {
   return true;
 }
 
-/// The reference engine executes one instruction that no block has.
+/// The reference engine executes one instruction that no block has; a stretch of code that is not translated at all.
 void Translator::step_outside() {
-  ++steps_[ZYDIS_MNEMONIC_INVALID];
   forget_system_calls();
   save_x87();
-  reference_->step(*cpu_);
+  u64 count = 1;
+  if (cpu_->state.code_bits == 64 || supervision_)
+    reference_->step(*cpu_);
+  else
+    count = std::max<u64>(reference_->run_stretch(*cpu_), 1);
+  steps_[ZYDIS_MNEMONIC_INVALID] += count;
 }
 
 void Translator::limit_blocks(unsigned instructions) {

@@ -8,6 +8,7 @@
 
 #include "engine/direct/direct.h"
 #include "engine/engine.h"
+#include "engine/interpret/reference.h"
 #include "engine/translate/block.h"
 #include "engine/translate/code_cache.h"
 #include "engine/translate/shared_code.h"
@@ -132,7 +133,7 @@ class Translator final : public Engine {
 
   const bool exact_;
   x86::Cpu* cpu_ = nullptr;
-  std::unique_ptr<Engine> reference_;
+  std::unique_ptr<Reference> reference_;
   std::unique_ptr<direct::Direct> direct_;  ///< nullptr: all code is translated
   CodeCache cache_;
   Decoder decoder_;
