@@ -24,7 +24,7 @@ packages:
 	@scripts/setup build
 
 guests:
-	@scripts/fetch-guests 6.1 6.12
+	@scripts/fetch-guests 6.1 6.12 6.1-generic
 
 # What tests run in the guests.
 programs:

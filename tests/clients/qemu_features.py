@@ -108,6 +108,66 @@ dd if=/dev/hwrng bs=16 count=1 2>/dev/null | md5sum
     harness.check(current.startswith("virtio_rng") and first != second, "the entropy source", result)
 
 
+def listener(path):
+    """A socket that QEMU connects to."""
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen(1)
+    server.settimeout(60)
+    return server
+
+
+def virtio_console(options, folder):
+    """The kernel's messages and a line of input on hvc0; a megabyte each way through a port."""
+    task = """
+echo "== console"
+exec 3<>/dev/hvc0
+stty -echo <&3
+echo "<0>by way of the kernel" > /dev/kmsg
+echo "what?" >&3
+read line <&3
+echo "$line"
+echo "== port"
+port=/dev/$(basename /sys/class/virtio-ports/vport*p2)
+head -c 1048576 $port > /tmp/noise
+md5sum < /tmp/noise
+cat /tmp/noise /tmp/noise > $port
+""" + REPORT
+    guest = harness.Guest("6.1-generic")
+    initrd = harness.write_initrd(folder, guest, task)
+    line = [*accelerated(options), "-kernel", str(guest.vmlinuz), "-initrd", str(initrd), "-append",
+            "console=hvc0 console=ttyS0 panic=-1", "-device", "virtio-serial-pci"]
+    listeners = []
+    for number, device in ((1, "virtconsole"), (2, "virtserialport")):
+        listeners.append(listener(folder / device))
+        line += ["-chardev", f"socket,id=c{number},path={folder / device}", "-device", f"{device},chardev=c{number},nr={number}"]
+    noise = random.Random(2).randbytes(MIB)
+    with Machine(folder, "qemu", line) as machine:
+        console, port = (server.accept()[0] for server in listeners)
+        for link in (console, port):
+            link.settimeout(120)
+        shown = read_until(console, b"what?\r\n")
+        machine.check(b"] by way of the kernel\r\n" in shown, "hvc0 does not show the kernel's messages")
+        console.sendall(b"all is well\n")
+        port.sendall(noise)
+        back = b""
+        while len(back) < 2 * MIB:
+            back += port.recv(MIB)
+        machine.check(back == 2 * noise, "the port brings other bytes")
+        result = task_result(machine)
+    harness.check(result.section("console").endswith("\nall is well\n"), "the guest read another line", result)
+    harness.check(hashlib.md5(noise).hexdigest() in result.section("port"), "the guest read other bytes", result)
+
+
+def read_until(link, end):
+    got = b""
+    while not got.endswith(end):
+        part = link.recv(1 << 16)
+        harness.check(part, f"the link ended behind {got[-200:]}")
+        got += part
+    return got
+
+
 def grub(options, folder, kind):
     """SeaBIOS, GRUB and Linux from a disk."""
     guest = harness.Guest("6.1")
@@ -298,7 +358,7 @@ def gdbstub(options, folder):
         machine.end()
 
 
-TESTS = [virtio, grub_virtio, grub_ide, ovmf, e1000, reset, stop, snapshot, migration, gdbstub]
+TESTS = [virtio, virtio_console, grub_virtio, grub_ide, ovmf, e1000, reset, stop, snapshot, migration, gdbstub]
 
 
 def main():
