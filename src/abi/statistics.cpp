@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +17,8 @@
 #include "os/clock.h"
 #include "os/process_identity.h"
 #include "os/signal_handlers.h"
+#include "os/signals_blocked.h"
+#include "os/write_all.h"
 #include "vcpu/vcpu.h"
 #include "vm/vm.h"
 
@@ -94,32 +95,21 @@ std::string table(const Watched& watched) {
   return text;
 }
 
-void print(const std::string& text) {
-  for (std::size_t done = 0; done < text.size();) {
-    const ssize_t written = write(STDERR_FILENO, text.data() + done, text.size() - done);
-    if (written < 0 && errno != EINTR) return;
-    if (written > 0) done += static_cast<std::size_t>(written);
-  }
-}
-
 void print_all() {
   Watch& all = watch();
   const std::lock_guard lock(all.mutex);
   for (const Watched& each : all.vms)
-    if (each.process == os::process_identity()) print(table(each));
+    if (each.process == os::process_identity()) os::write_all(STDERR_FILENO, table(each));
 }
 
 /// A thread that prints, since a signal handler cannot.
 void print_on_signal() {
   if (!os::take_unused_signal(SIGUSR2, [](int) { sem_post(&watch().wanted); })) return;
-  sigset_t every, mask;
-  sigfillset(&every);
-  pthread_sigmask(SIG_SETMASK, &every, &mask);
+  const os::SignalsBlocked blocked;
   std::thread([] {
     for (;;)
       if (sem_wait(&watch().wanted) == 0) print_all();
   }).detach();
-  pthread_sigmask(SIG_SETMASK, &mask, nullptr);
 }
 
 }  // namespace
@@ -143,7 +133,7 @@ void end_statistics(VmFile& file) {
   const std::lock_guard lock(all.mutex);
   const auto found = std::ranges::find(all.vms, &file, &Watched::file);
   if (found == all.vms.end()) return;
-  if (found->process == os::process_identity()) print(table(*found));
+  if (found->process == os::process_identity()) os::write_all(STDERR_FILENO, table(*found));
   all.vms.erase(found);
 }
 

@@ -8,6 +8,7 @@
 #include <cerrno>
 
 #include "os/process_identity.h"
+#include "os/signals_blocked.h"
 
 // libc's own sigaction, under the name that nobody interposes.
 extern "C" int __sigaction(int, const struct sigaction*, struct sigaction*) noexcept;
@@ -34,18 +35,12 @@ constinit std::atomic_flag changing = ATOMIC_FLAG_INIT;
 class ChangeLock {
  public:
   ChangeLock() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
     while (changing.test_and_set(std::memory_order_acquire)) __builtin_ia32_pause();
   }
-  ~ChangeLock() {
-    changing.clear(std::memory_order_release);
-    pthread_sigmask(SIG_SETMASK, &before_, nullptr);
-  }
+  ~ChangeLock() { changing.clear(std::memory_order_release); }
 
  private:
-  sigset_t before_;
+  SignalsBlocked blocked_;
 };
 
 void set_client_action(Entry& entry, const struct sigaction& action) {

@@ -2,11 +2,12 @@
 #include "os/timer_queue.h"
 
 #include <pthread.h>
-#include <signal.h>
 #include <sys/prctl.h>
 
 #include <chrono>
 #include <utility>
+
+#include "os/signals_blocked.h"
 
 namespace anykvm::os {
 
@@ -34,12 +35,8 @@ void TimerQueue::start() {
 
 void TimerQueue::start_locked() {
   if (thread_.joinable()) return;
-  // The thread inherits the mask: the client's signals must hit the client's own threads.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, &before);
+  const SignalsBlocked blocked;
   thread_ = std::thread(&TimerQueue::run, this);
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 void TimerQueue::register_timer() {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "os/attention.h"
+#include "os/signals_blocked.h"
 #include "os/tsc.h"
 
 namespace anykvm::vcpu {
@@ -29,11 +30,8 @@ class Kicker {
     std::lock_guard lock(mutex_);
     masks_.push_back(&mask);
     if (thread_.joinable()) return;
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const os::SignalsBlocked blocked;
     thread_ = std::thread([this] { run(); });
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
   void remove(SignalMask& mask) {

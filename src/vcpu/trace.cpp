@@ -4,7 +4,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdarg>
@@ -17,6 +16,8 @@
 
 #include "os/memory_file.h"
 #include "os/process_identity.h"
+#include "os/signals_blocked.h"
+#include "os/write_all.h"
 
 namespace anykvm::vcpu {
 
@@ -60,16 +61,13 @@ class TraceWriter {
     struct stat status;
     if (fstat(fd_, &status) == 0 && status.st_size == 0) text_ = "[{}\n";
     if (!forked) std::atexit([] { instance().drain(); });
-    sigset_t every, mask;
-    sigfillset(&every);
-    pthread_sigmask(SIG_SETMASK, &every, &mask);
+    const os::SignalsBlocked blocked;
     std::thread([] {
       for (;;) {
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
         instance().drain();
       }
     }).detach();
-    pthread_sigmask(SIG_SETMASK, &mask, nullptr);
     return true;
   }
 
@@ -121,11 +119,7 @@ class TraceWriter {
       drain(**each);
       each = over ? traces_.erase(each) : each + 1;
     }
-    for (std::size_t done = 0; done < text_.size();) {
-      const ssize_t written = write(fd_, text_.data() + done, text_.size() - done);
-      if (written <= 0 && errno != EINTR) break;
-      if (written > 0) done += static_cast<std::size_t>(written);
-    }
+    os::write_all(fd_, text_);
     text_.clear();
   }
 

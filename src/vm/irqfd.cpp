@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <csignal>
 
+#include "os/signals_blocked.h"
+
 namespace anykvm::vm {
 
 IrqFds::Resampler::Resampler(IrqRouting& routing, u32 gsi) : gsi(gsi), routing_(routing) {
@@ -97,12 +99,8 @@ int IrqFds::start() {
   if (error) return error;
   epoll_event interest{.events = EPOLLIN, .data = {.u64 = 0}};
   if (epoll_ctl(poll_fd_, EPOLL_CTL_ADD, stop_.fd(), &interest) != 0) return -errno;
-  // Signals are for the client's threads.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
+  const os::SignalsBlocked blocked;
   thread_ = std::thread([this] { run(); });
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return 0;
 }
 

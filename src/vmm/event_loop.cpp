@@ -2,7 +2,6 @@
 #include "vmm/event_loop.h"
 
 #include <pthread.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -10,6 +9,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <system_error>
+
+#include "os/signals_blocked.h"
 
 namespace anykvm::vmm {
 
@@ -29,12 +30,8 @@ EventLoop::~EventLoop() {
 }
 
 void EventLoop::start() {
-  // Signals are for the main thread; this one must not run its handlers.
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
+  const os::SignalsBlocked blocked;
   thread_ = std::thread([this] { run(); });
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
   pthread_setname_np(thread_.native_handle(), "anykvm-io");
 }
 

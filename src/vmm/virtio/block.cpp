@@ -2,10 +2,11 @@
 
 #include <linux/virtio_ids.h>
 #include <pthread.h>
-#include <signal.h>
 
 #include <algorithm>
 #include <cstring>
+
+#include "os/signals_blocked.h"
 
 namespace anykvm::vmm {
 
@@ -15,16 +16,6 @@ constexpr u16 queue_size = 256;
 constexpr u32 max_segments = queue_size - 2;  // a header and a status byte are part of every chain
 constexpr u32 max_zero_sectors = 1u << 22;    // 2 GiB in one range
 constexpr u32 max_zero_ranges = 32;
-
-// The kick signals of vCPUs and the terminal's are for other threads.
-std::thread start_without_signals(auto&& body) {
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  std::thread thread(body);
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  return thread;
-}
 
 }  // namespace
 
@@ -37,7 +28,8 @@ BlockDevice::BlockDevice(const std::string& path, bool read_only, const std::str
   config_.max_discard_seg = config_.max_write_zeroes_seg = max_zero_ranges;
   config_.discard_sector_alignment = 1;
   config_.write_zeroes_may_unmap = 1;
-  worker_ = start_without_signals([this] { work(); });
+  const os::SignalsBlocked blocked;
+  worker_ = std::thread([this] { work(); });
   pthread_setname_np(worker_.native_handle(), "virtio-blk");
 }
 
