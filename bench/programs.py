@@ -31,7 +31,6 @@ PACKAGES = ["libc6", "openssl", "libssl3", "libssl-dev", "gzip", "xz-utils", "li
 PROGRAMS = {"gzip": "bin/gzip", "xz": "usr/bin/xz", "dash": "bin/dash", "python": "usr/bin/python3.11", "perl": "usr/bin/perl",
             "sqlite3": "usr/bin/sqlite3", "cc1": "usr/lib/gcc/x86_64-linux-gnu/12/cc1"}
 LOADER = "lib/ld-linux-x86-64.so.2"
-LIBRARIES = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"]
 CFLAGS = ["-O2", "-march=x86-64-v2", "-Wall", "-Wextra"]
 
 
@@ -40,31 +39,12 @@ def program(name):
     return [LOADER, "--library-path", "lib", f"bin/{name}"]
 
 
-def fetch(folder):
-    problem = None
-    for index in debian.indexes(ROOT / "cache"):
-        try:
-            return debian.download(PACKAGES, folder, index)
-        except debian.Error as error:
-            problem = error
-    raise problem
-
-
-def libraries_of(root, binary):
-    """Real path of each shared library that the program or library needs, by its soname."""
-    loader = root / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
-    path = ":".join(str(root / folder) for folder in LIBRARIES)
-    listed = subprocess.run([loader, "--library-path", path, "--list", binary], check=True, capture_output=True, text=True).stdout
-    found = {line.split()[0]: pathlib.Path(line.split()[2]).resolve() for line in listed.splitlines() if " => " in line}
-    return {name: file for name, file in found.items() if "ld-linux" not in name}
-
-
 def copy_programs(root, tree):
     for name, path in PROGRAMS.items():
         shutil.copy(root / path, tree / "bin" / name)
-        for soname, file in libraries_of(root, root / path).items():
+        for soname, file in debian.libraries_of(root, root / path).items():
             shutil.copy(file, tree / "lib" / soname)
-    shutil.copy((root / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2").resolve(), tree / LOADER)
+    shutil.copy(debian.loader_of(root), tree / LOADER)
     shutil.copytree(root / "usr/lib/python3.11", tree / "python/lib/python3.11")
     shutil.copytree(root / "usr/lib/x86_64-linux-gnu/perl-base", tree / "perl")
     shutil.copy((root / "usr/lib/x86_64-linux-gnu/libcrypto.so.3").resolve(), tree / "lib/libcrypto.so.3")
@@ -92,10 +72,8 @@ def make_data(root, tree):
     for name, macro in (("sprintf", "STB_SPRINTF_IMPLEMENTATION"), ("rect_pack", "STB_RECT_PACK_IMPLEMENTATION")):
         source = root / f"usr/include/stb/stb_{name}.h"
         subprocess.run(["gcc", "-E", "-P", "-x", "c", f"-D{macro}", "-o", tree / f"data/{name}.i", source], check=True)
-    path = ":".join(str(root / folder) for folder in LIBRARIES)
-    subprocess.run([root / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "--library-path", path, root / "usr/bin/openssl", "genrsa",
-                    "-out", tree / "data/rsa.pem", "2048"],
-                   check=True, capture_output=True, env={"OPENSSL_CONF": "/dev/null", "PATH": os.environ["PATH"]})
+    subprocess.run([*debian.command_of(root, root / "usr/bin/openssl"), "genrsa", "-out", tree / "data/rsa.pem", "2048"], check=True,
+                   capture_output=True, env={"OPENSSL_CONF": "/dev/null", "PATH": os.environ["PATH"]})
 
 
 def recipe():
@@ -119,7 +97,7 @@ def make():
         if sorted(file.name.split("_")[0] for file in packages.glob("*.deb")) != sorted(PACKAGES):
             print("bench: downloading the programs' Debian packages", file=sys.stderr, flush=True)
             (folder / "packages").mkdir(mode=0o755)
-            fetch(folder / "packages")
+            debian.fetch(PACKAGES, folder / "packages", ROOT / "cache")
             shutil.rmtree(packages, ignore_errors=True)
             (folder / "packages").rename(packages)
         for deb in packages.glob("*.deb"):

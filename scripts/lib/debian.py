@@ -50,11 +50,16 @@ def fetch(packages, folder, cache):
 
 def libraries_of(root, binary):
     """Path of each shared library that a program or library of the unpacked packages in `root` needs, by its soname."""
-    path = ":".join(str(root / folder) for folder in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"))
-    listed = subprocess.run([loader_of(root), "--library-path", path, "--list", binary], check=True, capture_output=True,
-                            text=True).stdout
+    loader, *rest = command_of(root, binary)
+    listed = subprocess.run([loader, "--list", *rest], check=True, capture_output=True, text=True).stdout
     found = {line.split()[0]: pathlib.Path(line.split()[2]).resolve() for line in listed.splitlines() if " => " in line}
     return {name: file for name, file in found.items() if "ld-linux" not in name}
+
+
+def command_of(root, binary):
+    """The command line's beginning that starts a program with the loader and the libraries of `root`."""
+    path = ":".join(str(root / folder) for folder in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"))
+    return [loader_of(root), "--library-path", path, binary]
 
 
 def loader_of(root):
