@@ -4,14 +4,17 @@
 #   user   the flags behind it are overwritten before anything reads them, as they are behind most code
 #   flags  somebody reads the flags behind it
 #   kernel the same as user, with the rights of a supervisor and no vector registers
+#   user32 the same as user, of 32-bit code on flat segments
 #
 # A form with only 2 that looks like more is a step of the reference engine: a request and a call.
   .intel_syntax noprefix
 
-  .macro row situation, count, code
+  .macro row situation, count, code, bits=64
   .pushsection .rodata.golden_code, "a"
+  .code\bits
 .Lcode\@:
   \code
+  .code64
 .Lend\@:
 .Ltext\@:
   .asciz "\code"
@@ -26,6 +29,9 @@
   .endm
   .macro kernel count, code
   row 2, \count, "\code"
+  .endm
+  .macro user32 count, code
+  row 3, \count, "\code", 32
   .endm
 
   .section .data.rel.ro.golden_table, "aw"
@@ -170,6 +176,32 @@ kernel   2, "rdmsr"
 kernel   2, "wrmsr"
 kernel   2, "sysretq"
 kernel   2, "iretq"
+
+# 32-bit code
+user32   1, "mov eax, ebx"
+user32   1, "inc eax"
+user32   1, "mov ah, bl"
+user32   1, "lea eax, [ebx + ecx * 4 + 8]"
+user32   8, "mov eax, [ebx]"
+user32   8, "mov eax, [ebx + ecx * 8 + 16]"
+user32   8, "mov eax, [0x1234]"
+user32  12, "mov eax, gs:[0x14]"
+user32   8, "add [ebx], eax"
+user32   8, "movsd xmm0, [ebx]"
+user32  16, "fld qword ptr [ebx]"
+user32   9, "push eax"
+user32   9, "pop eax"
+user32  38, "push ebp; mov ebp, esp; push edi; push esi; push ebx; sub esp, 24"
+user32  10, "leave"
+user32  27, "ret"
+user32  17, "call . + 64"
+user32  32, "call eax"
+user32   9, "1: dec ecx; jnz 1b"
+user32   2, "pusha"
+user32   2, "rep movsd"
+user32   2, "aaa"
+user32   2, "int 0x80"
+user32   2, "mov ds, eax"
 
 anykvm_golden_end:
 

@@ -22,7 +22,7 @@
 namespace anykvm::engine::translate {
 namespace {
 
-enum Situation : u64 { user, flags, kernel };
+enum Situation : u64 { user, flags, kernel, user32 };
 
 /// As golden_counts.S has it.
 struct Form {
@@ -48,14 +48,14 @@ class Translated {
     const Stubs stubs = emit_stubs(a, true);
     cache_.keep_code(a.here());
     const bool supervisor = form.situation == kernel;
-    const BlockRequest request{
-        .page = page_.data(),
-        .address = reinterpret_cast<u64>(page_.data()),
-        .offset = at,
-        .mode = {supervisor ? x86::Privilege::supervisor : x86::Privilege::user, supervisor ? no_vectors : all_vectors},
-        .stubs = &stubs,
-        .decoder = &decoder_,
-        .cache = &cache_};
+    const BlockRequest request{.page = page_.data(),
+                               .address = reinterpret_cast<u64>(page_.data()),
+                               .offset = at,
+                               .mode = {supervisor ? x86::Privilege::supervisor : x86::Privilege::user,
+                                        supervisor ? no_vectors : all_vectors, form.situation == user32},
+                               .stubs = &stubs,
+                               .decoder = &decoder_,
+                               .cache = &cache_};
     const u8* const code = cache_.room().hot;
     const BlockCode block = translate_block(request, cache_.room(), cache_.room_end());
     if (!block.end.hot) {
@@ -104,7 +104,7 @@ class Translated {
 
 /// The line of golden_counts.S.
 std::string row(const Form& form, unsigned count) {
-  static constexpr const char* names[] = {"user", "flags", "kernel"};
+  static constexpr const char* names[] = {"user", "flags", "kernel", "user32"};
   char beginning[32];
   std::snprintf(beginning, sizeof beginning, "%-6s %3u, \"", names[form.situation], count);
   return beginning + std::string(form.text) + '"';
@@ -115,7 +115,8 @@ void write(const std::vector<std::string>& rows) {
   std::ifstream in(path);
   std::string text, line;
   for (auto next = rows.begin(); std::getline(in, line); text += line + '\n')
-    if (line.starts_with("user ") || line.starts_with("flags ") || line.starts_with("kernel ")) {
+    if (line.starts_with("user ") || line.starts_with("flags ") || line.starts_with("kernel ") ||
+        line.starts_with("user32 ")) {
       ASSERT_NE(next, rows.end());
       line = *next++;
     }

@@ -4,7 +4,10 @@
 #include <chrono>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
+#include <string>
 #include <thread>
+#include <utility>
 
 #include "engine/engine.h"
 #include "x86/long_mode.h"
@@ -66,6 +69,149 @@ TEST_F(LegacyCodeTest, AttentionEndsAnEndlessLoop) {
   EXPECT_EQ(cpu.exit.kind, ExitKind::attention);
   EXPECT_EQ(cpu.state.rip, code);
   EXPECT_GT(steps(), 64u);
+}
+
+/// 32-bit code on flat segments, in an engine with a machine to itself.
+class Flat : LongMode {
+ public:
+  static constexpr Gva code = 0x5000, data_at = 0xd000;
+
+  explicit Flat(std::unique_ptr<Engine> with) : engine(std::move(with)) {
+    stop_at_exceptions();
+    map(top, 0x20000, pte::p | pte::w);
+    CpuState& s = cpu.state;
+    s.segment[cs].l = false;
+    s.segment[cs].db = true;
+    cpu.update_mode();
+    for (unsigned n = 0; n < page_size; n += 4) machine.put<u32>(data_at + n, n * 0x9e3779b9);
+  }
+  static constexpr Gva top = 0xfffff000;  ///< the last page of 4 GiB
+  CpuState& state() { return cpu.state; }
+  void set_mode() { cpu.update_mode(); }
+  void put(Gva at, std::initializer_list<u8> bytes) {
+    std::memcpy(machine.base + (at >= top ? at - top + 0x20000 : at), bytes.begin(), bytes.size());
+  }
+  void put_halt(Gva at) { put(at, {0xf4}); }
+  void run() {
+    engine->run(cpu);
+    EXPECT_EQ(cpu.exit.kind, ExitKind::halt);
+  }
+  u64 steps() const {
+    u64 all = 0;
+    engine->for_each_step([](void* sum, const char*, u64 count) { *static_cast<u64*>(sum) += count; }, &all);
+    return all;
+  }
+  std::string memory() const {
+    return {reinterpret_cast<const char*>(machine.base), reinterpret_cast<const char*>(machine.base) + 0x10000};
+  }
+
+ private:
+  std::unique_ptr<Engine> engine;
+};
+
+class FlatCodeTest : public testing::Test {
+ protected:
+  template <class Body>
+  void both(Body body) {
+    body(translator);
+    body(reference);
+  }
+  void put(Gva at, std::initializer_list<u8> bytes) {
+    both([&](Flat& flat) { flat.put(at, bytes); });
+  }
+  void run_and_compare() {
+    both([](Flat& flat) { flat.run(); });
+    const CpuState &left = translator.state(), &right = reference.state();
+    EXPECT_EQ(left.rip, right.rip);
+    EXPECT_EQ(left.rflags(), right.rflags());
+    EXPECT_EQ(left.cr2, right.cr2);
+    for (unsigned n = 0; n < 16; ++n) EXPECT_EQ(left.gpr[n], right.gpr[n]) << "register " << n;
+    EXPECT_TRUE(translator.memory() == reference.memory());
+  }
+
+  Flat translator{make_translator(true)}, reference{make_interpreter()};
+};
+
+TEST_F(FlatCodeTest, IsTranslated) {
+  put(Flat::code, {0xb9, 0xe8, 0x03, 0x00, 0x00,        // mov ecx, 1000
+                   0xa1, 0x10, 0xd0, 0x00, 0x00,        // mov eax, [0xd010]
+                   0x40, 0x66, 0x43,                    // inc eax; inc bx
+                   0x50, 0x6a, 0xfe, 0x5a,              // push eax; push -2; pop edx
+                   0xe8, 0x0e, 0x00, 0x00, 0x00,        // call
+                   0x5e,                                // pop esi
+                   0x8d, 0x7c, 0x8e, 0x04,              // lea edi, [esi + ecx * 4 + 4]
+                   0xa3, 0x14, 0xd0, 0x00, 0x00,        // mov [0xd014], eax
+                   0x49, 0x75, 0xe2,                    // dec ecx; jnz
+                   0xf4,                                // hlt
+                   0x55, 0x89, 0xe5, 0x01, 0x45, 0x08,  // push ebp; mov ebp, esp; add [ebp + 8], eax
+                   0xc9, 0xc3});                        // leave; ret
+  run_and_compare();
+  EXPECT_EQ(translator.state().gpr[rcx], 0u);
+  EXPECT_LT(translator.steps(), 8u);  // HLT, and where the TLB has not seen a page yet
+}
+
+TEST_F(FlatCodeTest, WrapsAddressesAt4GiB) {
+  put(Flat::code, {0xbb, 0xf8, 0xff, 0xff, 0xff,        // mov ebx, -8
+                   0x8b, 0x83, 0x18, 0xd0, 0x00, 0x00,  // mov eax, [ebx + 0xd018]
+                   0x8b, 0x4c, 0x1b, 0x20,              // mov ecx, [ebx + ebx + 0x20]
+                   0xbc, 0xfc, 0xff, 0xff, 0xff, 0x5d,  // mov esp, -4; pop ebp
+                   0xe9, 0xd6, 0xaf, 0xff, 0xff});      // jmp 0xfffffff0
+  put(0, {0xba, 0x78, 0x56, 0x34, 0x12, 0x50, 0xf4});   // mov edx, 0x12345678; push eax; hlt
+  for (unsigned pass = 0; pass < 4; ++pass) {
+    put(Flat::top + 0xff0, {0x90, 0x41, 0x90, 0x41, 0x90, 0x41, 0x90, 0x41, 0x90, 0x41, 0x90, 0x41, 0x90, 0x41, 0x90,
+                            0x41});  // nop; inc ecx; ...
+    both([](Flat& flat) { flat.state().rip = Flat::code; });
+    run_and_compare();
+    EXPECT_EQ(translator.state().gpr[rax], 0x10 * 0x9e3779b9u);
+    EXPECT_EQ(translator.state().gpr[rdx], 0x12345678u);
+    EXPECT_EQ(translator.state().gpr[rsp], 0xfffffffcu);
+    EXPECT_EQ(translator.state().rip, 7u);
+  }
+}
+
+TEST_F(FlatCodeTest, HeedsTheLimitsOfSegmentsThatAreNotFlat) {
+  put(Flat::code, {0x64, 0xa1, 0x04, 0xd0, 0x00, 0x00,                // mov eax, fs:[0xd004]
+                   0x65, 0x8b, 0x1d, 0xfc, 0xff, 0xff, 0xff, 0xf4});  // mov ebx, gs:[-4]
+  both([](Flat& flat) {
+    flat.state().segment[gs].base = Flat::data_at + 0x20;
+    flat.state().segment[fs].limit = 0xd007;
+  });
+  run_and_compare();
+  EXPECT_EQ(translator.state().gpr[rax], 4 * 0x9e3779b9u);
+  EXPECT_EQ(translator.state().gpr[rbx], 0x1c * 0x9e3779b9u);
+  for (const SegmentName name : {fs, gs, ds, cs}) {
+    both([&](Flat& flat) {
+      flat.state().rip = Flat::code;
+      flat.state().gpr[rsp] = 0x7000;
+      flat.state().segment[fs].limit = name == fs ? 0xd006 : ~0u;
+      if (name == gs) flat.state().segment[gs] = {.unusable = true};
+      if (name == ds) flat.state().segment[ds].base = 0x10;  // nobody is asked for it
+      if (name == cs) flat.state().segment[cs].limit = Flat::code + 4;
+    });
+    run_and_compare();
+  }
+}
+
+TEST_F(FlatCodeTest, LeavesWhatIsAboveTheRegistersToTheReferenceEngine) {
+  put(Flat::code, {0x8b, 0x03, 0x89, 0xdb, 0x43, 0xf4});  // mov eax, [ebx]; mov ebx, ebx; inc ebx
+  both([](Flat& flat) { flat.state().gpr[rbx] = 0x700000000 + Flat::data_at; });
+  run_and_compare();
+}
+
+// One page runs as 64-bit code, as 32-bit code, and again.
+TEST_F(FlatCodeTest, TellsWidthsApart) {
+  put(Flat::code, {0x48, 0xff, 0xc0, 0xf4});  // inc rax, or dec eax; inc eax
+  for (unsigned pass = 0; pass < 4; ++pass) {
+    both([&](Flat& flat) {
+      flat.state().rip = Flat::code;
+      flat.state().segment[cs].l = pass % 2;
+      flat.state().segment[cs].db = !(pass % 2);
+      flat.set_mode();
+      flat.state().gpr[rax] = 0xffffffff;
+    });
+    run_and_compare();
+    EXPECT_EQ(translator.state().gpr[rax], pass % 2 ? 0x100000000u : 0xffffffffu);
+  }
 }
 
 }  // namespace

@@ -223,6 +223,7 @@ TEST(AgainstHost, Code64) { compare({Mode::code64}, 300000); }
 TEST(AgainstHost, Code32) { compare({Mode::code32}, 150000); }
 TEST(AgainstHost, Code16) { compare({Mode::code16}, 150000); }
 TEST(AgainstHost, Blocks) { compare({Mode::code64}, 150000, true); }
+TEST(AgainstHost, Blocks32) { compare({Mode::code32}, 150000, true); }
 
 }  // namespace
 }  // namespace anykvm::isa

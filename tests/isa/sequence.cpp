@@ -43,6 +43,14 @@ void Sequence::begin_segments() {
                                    local_selector(down_data32), local_selector(tiny_data), 0};
     return random_.one_in(24) ? random_.pick(rare) : random_.pick(usual);
   };
+  // What the translator emits: 32-bit code on flat segments.
+  const bool flat = c_.mode == Mode::code32 && (block_ ? !random_.one_in(8) : random_.one_in(2));
+  if (flat) {
+    s[1] = random_.one_in(2) ? code32_selector : local_selector(flat_code32);
+    s[0] = s[2] = s[3] = data_selector;
+    s[4] = data(), s[5] = data();
+    return;
+  }
   if (c_.mode == Mode::code32) {
     static constexpr u16 code[] = {code32_selector, local_selector(flat_code32), local_selector(small_code32)};
     s[1] = random_.pick(code);
@@ -182,6 +190,7 @@ bool Sequence::reaches(const ZydisDecodedInstruction& d, const Operands& operand
 /// it may.
 bool Sequence::suits_block(const ZydisDecodedInstruction& d, const Operands& operands) {
   if (x87_selectors(d, 0).code || d.meta.category == ZYDIS_CATEGORY_RET || is_far_branch(d)) return false;
+  if (loops_ && undefined_flags_of(d.mnemonic)) return false;
   const bool may_spoil = random_.one_in(16);
   for (unsigned n = 0; n < d.operand_count; ++n) {
     if (operands[n].type != ZYDIS_OPERAND_TYPE_REGISTER || !(operands[n].actions & ZYDIS_OPERAND_ACTION_MASK_WRITE))
@@ -197,7 +206,7 @@ bool Sequence::suits_block(const ZydisDecodedInstruction& d, const Operands& ope
 
 void Sequence::begin_loop() {
   for (unsigned tries = 0; tries < 8 && !loops_; ++tries) {
-    loop_counter_ = u8(random_.below(16));
+    loop_counter_ = u8(random_.below(c_.mode == Mode::code64 ? 16 : 8));
     loops_ = is_open(loop_counter_);
   }
   if (!loops_) return;
@@ -207,12 +216,13 @@ void Sequence::begin_loop() {
 
 void Sequence::end_loop() {
   if (!std::exchange(loops_, false)) return;
-  u8 bytes[10] = {u8(0x48 | loop_counter_ >> 3)};
-  unsigned length = 3;
+  u8 bytes[10];
+  unsigned length = 0;
+  if (c_.mode == Mode::code64) bytes[length++] = u8(0x48 | loop_counter_ >> 3);
   if (random_.one_in(2)) {  // dec, which keeps CF
-    bytes[1] = 0xff, bytes[2] = u8(0xc8 | (loop_counter_ & 7));
+    bytes[length++] = 0xff, bytes[length++] = u8(0xc8 | (loop_counter_ & 7));
   } else {  // sub, 1
-    bytes[1] = 0x83, bytes[2] = u8(0xe8 | (loop_counter_ & 7)), bytes[length++] = 1;
+    bytes[length++] = 0x83, bytes[length++] = u8(0xe8 | (loop_counter_ & 7)), bytes[length++] = 1;
   }
   bytes[length++] = 0x0f, bytes[length++] = 0x85;  // jnz
   if (c_.code_length + length + 4 > Case::max_code) return;

@@ -70,6 +70,8 @@ bool may_continue(const Decoded& d) {
     case ZYDIS_MNEMONIC_RDFSBASE:
     case ZYDIS_MNEMONIC_WRGSBASE:
     case ZYDIS_MNEMONIC_WRFSBASE:
+    case ZYDIS_MNEMONIC_PUSHAD:
+    case ZYDIS_MNEMONIC_POPAD:
     case ZYDIS_MNEMONIC_RDPID:
     case ZYDIS_MNEMONIC_LDMXCSR:
     case ZYDIS_MNEMONIC_STMXCSR: return true;
@@ -97,7 +99,7 @@ bool is_of_x87_unit(const Decoded& d) {
 
 /// Operands that the renaming can express, whichever registers they are: general, vector and x87 registers, at most one
 /// ordinary memory operand.
-bool operands_fit(const Decoded& d, bool x87, u8& vectors) {
+bool operands_fit(const Decoded& d, CodeKind code, bool x87, u8& vectors) {
   if (d.instruction.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX) vectors = all_vectors;
   unsigned memory = 0, general = 0;
   for (unsigned n = 0; n < d.instruction.operand_count; ++n) {
@@ -125,13 +127,30 @@ bool operands_fit(const Decoded& d, bool x87, u8& vectors) {
         if (operand.mem.type != ZYDIS_MEMOP_TYPE_MEM || operand.encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM)
           return false;
         if (operand.size > 512 || operand.size == 0) return false;
+        if (code.narrow && operand.mem.segment == ZYDIS_REGISTER_CS) return false;  // it may not be readable
         ++memory;
         break;
       case ZYDIS_OPERAND_TYPE_IMMEDIATE: break;
       default: return false;
     }
   }
-  return memory == 0 || (memory == 1 && d.instruction.address_width == 64);
+  return memory == 0 || (memory == 1 && d.instruction.address_width == code.bits());
+}
+
+/// Whether 64-bit mode takes the bytes of 32-bit code for the same instruction, wherever its memory operand lies.
+bool means_the_same(const Decoded& d, const u8* bytes) {
+  Decoded wide;
+  if (!ZYAN_SUCCESS(decode_instruction(bytes, d.instruction.length, 64, wide)) || wide.mnemonic() != d.mnemonic() ||
+      wide.instruction.length != d.instruction.length || wide.instruction.operand_count != d.instruction.operand_count)
+    return false;
+  for (unsigned n = 0; n < d.instruction.operand_count; ++n) {
+    const ZydisDecodedOperand &left = d.operands[n], &right = wide.operands[n];
+    if (left.type != right.type || left.encoding != right.encoding || left.actions != right.actions) return false;
+    if (d.is_register(n) && d.register_class(n) == ZYDIS_REGCLASS_FLAGS) continue;
+    if (left.size != right.size || (d.is_register(n) && left.reg.value != right.reg.value)) return false;
+  }
+  // They clear as many registers as the mode has.
+  return d.mnemonic() != ZYDIS_MNEMONIC_VZEROUPPER && d.mnemonic() != ZYDIS_MNEMONIC_VZEROALL;
 }
 
 /// Whether there are host registers for those that the instruction names.
@@ -150,37 +169,41 @@ bool registers_fit(const GuestInstruction& g) {
   return spilled <= 1 || (spilled == 2 && (!g.has_memory || std::popcount(needed >> 13) <= 1));
 }
 
-Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
+Kind kind_of(const Decoded& d, const u8* bytes, CodeKind code, u8& vectors) {
+  const bool supervisor = code.supervisor;
   const ZydisDecodedInstruction& i = d.instruction;
   const bool far = i.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR;
-  const bool wide = i.operand_width == 64;
+  const bool word = i.operand_width == code.bits();
   // Of an indirect operand, only what the address check can compute.
   const auto plain = [&](unsigned n) {
-    return !d.is_memory(n) || (d.operands[n].mem.type == ZYDIS_MEMOP_TYPE_MEM && i.address_width == 64);
+    const ZydisDecodedOperandMem& mem = d.operands[n].mem;
+    return !d.is_memory(n) || (mem.type == ZYDIS_MEMOP_TYPE_MEM && i.address_width == code.bits() &&
+                               (!code.narrow || mem.segment != ZYDIS_REGISTER_CS));
   };
+  const bool whole_target = code.narrow ? !(i.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE) : near_branch_bytes(d) == 8;
   if (i.meta.branch_type != ZYDIS_BRANCH_TYPE_NONE &&
-      (near_branch_bytes(d) != 8 || i.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY))
+      (!whole_target || i.encoding != ZYDIS_INSTRUCTION_ENCODING_LEGACY))
     return Kind::step_and_end;
   if (is_hint(d)) return does_nothing(d) ? Kind::nothing : Kind::step_and_end;
   switch (d.mnemonic()) {
     case ZYDIS_MNEMONIC_JMP:
       if (far) return Kind::step_and_end;
       if (d.is_immediate(0)) return Kind::jump;
-      return plain(0) && wide ? Kind::jump_indirect : Kind::step_and_end;
+      return plain(0) && word ? Kind::jump_indirect : Kind::step_and_end;
     case ZYDIS_MNEMONIC_CALL:
       if (far) return Kind::step_and_end;
       if (d.is_immediate(0)) return Kind::call;
-      return plain(0) && wide ? Kind::call_indirect : Kind::step_and_end;
-    case ZYDIS_MNEMONIC_RET: return far ? Kind::step_and_end : Kind::ret;
+      return plain(0) && word ? Kind::call_indirect : Kind::step_and_end;
+    case ZYDIS_MNEMONIC_RET: return far || !whole_target ? Kind::step_and_end : Kind::ret;
     case ZYDIS_MNEMONIC_PUSH:
-      if (!wide) return Kind::step;
+      if (!word) return Kind::step;
       if (d.is_memory(0)) return plain(0) ? Kind::push_memory : Kind::step;
       return d.is_immediate(0) || general_register(d.operands[0]) >= 0 ? Kind::push : Kind::step;
     case ZYDIS_MNEMONIC_POP:
-      if (!wide || d.is_memory(0)) return Kind::step;
+      if (!word || d.is_memory(0)) return Kind::step;
       return general_register(d.operands[0]) < 0 ? Kind::step_and_end : Kind::pop;
-    case ZYDIS_MNEMONIC_LEAVE: return wide ? Kind::leave : Kind::step;
-    case ZYDIS_MNEMONIC_LEA: return i.address_width == 64 ? Kind::lea : Kind::step;
+    case ZYDIS_MNEMONIC_LEAVE: return word ? Kind::leave : Kind::step;
+    case ZYDIS_MNEMONIC_LEA: return i.address_width == code.bits() ? Kind::lea : Kind::step;
     case ZYDIS_MNEMONIC_ENDBR64:
     case ZYDIS_MNEMONIC_ENDBR32: return Kind::nothing;
     case ZYDIS_MNEMONIC_PAUSE: return i.raw.rex.B ? Kind::step : Kind::nothing;
@@ -189,6 +212,7 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
     case ZYDIS_MNEMONIC_BTR:
     case ZYDIS_MNEMONIC_BTC:
       if (!d.is_memory(0) || !d.is_register(1)) break;
+      if (code.narrow && ZydisRegisterGetId(d.operands[0].mem.segment) >= x86::fs) return Kind::step;
       return plain(0) && i.operand_width >= 32 ? Kind::bit_string : Kind::step;
     case ZYDIS_MNEMONIC_MOV:
       if (d.is_register(0) && general_register(d.operands[0]) >= 0 && d.is_register(1) &&
@@ -202,7 +226,8 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
     case ZYDIS_MNEMONIC_STAC:
     case ZYDIS_MNEMONIC_CLAC: return supervisor ? Kind::set_access_check : Kind::step_and_end;
     case ZYDIS_MNEMONIC_VERW: return d.is_memory(0) && plain(0) ? Kind::verify_write : Kind::step;
-    case ZYDIS_MNEMONIC_PUSHFQ: return Kind::push_flags;
+    case ZYDIS_MNEMONIC_PUSHFD:
+    case ZYDIS_MNEMONIC_PUSHFQ: return word ? Kind::push_flags : Kind::step;
     case ZYDIS_MNEMONIC_RDTSC:
     case ZYDIS_MNEMONIC_RDTSCP: return Kind::read_time;
     default: break;
@@ -211,7 +236,7 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
     case ZYDIS_CATEGORY_COND_BR: {
       const bool is_short = i.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i.opcode & 0xf0) == 0x70;
       const bool is_long = i.opcode_map == ZYDIS_OPCODE_MAP_0F && (i.opcode & 0xf0) == 0x80;
-      const bool on_rcx = d.mnemonic() == ZYDIS_MNEMONIC_JRCXZ;
+      const bool on_rcx = d.mnemonic() == (code.narrow ? ZYDIS_MNEMONIC_JECXZ : ZYDIS_MNEMONIC_JRCXZ);
       return is_short || is_long || on_rcx ? Kind::jump_if : Kind::step_and_end;
     }
     default: break;
@@ -220,7 +245,8 @@ Kind kind_of(const Decoded& d, bool supervisor, u8& vectors) {
                          i.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX || i.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX;
   const bool x87 = is_of_x87_unit(d);
   if (encodable && runs_natively(d) && !has_own_handler(d.mnemonic()) &&
-      !(x87 && (replaces_x87_environment(d.mnemonic()) || !can_keep_x87())) && operands_fit(d, x87, vectors)) {
+      !(x87 && (replaces_x87_environment(d.mnemonic()) || !can_keep_x87())) && operands_fit(d, code, x87, vectors) &&
+      (!code.narrow || means_the_same(d, bytes))) {
     if (may_need_mxcsr(d) && vectors < first_vectors) vectors = first_vectors;
     if (d.mnemonic() == ZYDIS_MNEMONIC_VZEROUPPER || d.mnemonic() == ZYDIS_MNEMONIC_VZEROALL) vectors = first_vectors;
     return Kind::native;
@@ -237,9 +263,10 @@ u8 count_mask(const Decoded& d) {
   return i.operand_width == 64 ? 0x3f : 0x1f;
 }
 
-bool is_quick(const Decoded& d) {
+bool is_quick(const Decoded& d, CodeKind code) {
   switch (d.mnemonic()) {
-    case ZYDIS_MNEMONIC_SYSCALL:
+    case ZYDIS_MNEMONIC_IRETD: return code.narrow;
+    case ZYDIS_MNEMONIC_SYSCALL: return !code.narrow;
     case ZYDIS_MNEMONIC_IRETQ: return true;
     case ZYDIS_MNEMONIC_SYSRET: return d.instruction.operand_width == 64;
     case ZYDIS_MNEMONIC_MOVSB:
@@ -250,8 +277,8 @@ bool is_quick(const Decoded& d) {
     case ZYDIS_MNEMONIC_STOSW:
     case ZYDIS_MNEMONIC_STOSD:
     case ZYDIS_MNEMONIC_STOSQ:
-      return d.instruction.meta.category == ZYDIS_CATEGORY_STRINGOP && d.instruction.address_width == 64 &&
-             source_segment(d) < x86::fs;
+      return d.instruction.meta.category == ZYDIS_CATEGORY_STRINGOP && d.instruction.address_width == code.bits() &&
+             source_segment(d) < x86::fs && (!code.narrow || source_segment(d) != x86::cs);
     default: return false;
   }
 }
@@ -281,9 +308,9 @@ bool sees_x87(const Decoded& d) {
   }
 }
 
-Analysis what_of(const Decoded& d, bool supervisor) {
+Analysis what_of(const Decoded& d, const u8* bytes, CodeKind code) {
   Analysis result = one_step;
-  result.kind = kind_of(d, supervisor, result.vectors);
+  result.kind = kind_of(d, bytes, code, result.vectors);
   result.x87 = result.kind == Kind::native && is_of_x87_unit(d);
   switch (result.kind) {
     case Kind::step:
@@ -356,10 +383,10 @@ MemoryOperand memory_of(const ZydisDecodedOperand& operand) {
 }
 
 /// Where the parts of the instruction lie, and what of them needs no operands.
-void lay_out(const ZydisDecodedInstruction& i, const u8* bytes, GuestInstruction& out) {
+void lay_out(const ZydisDecodedInstruction& i, const u8* bytes, CodeKind code, GuestInstruction& out) {
   for (;; ++out.opcode_at) {
     const u8 byte = bytes[out.opcode_at];
-    if ((byte & 0xf0) == 0x40)
+    if (!code.narrow && (byte & 0xf0) == 0x40)
       out.rex = byte;
     else if (is_legacy_prefix(byte))
       out.rex = 0;
@@ -395,10 +422,10 @@ s32 last_immediate(const u8* tail, unsigned bytes) {
   }
 }
 
-void analyse(const Decoded& d, const u8* bytes, bool supervisor, GuestInstruction& out) {
+void analyse(const Decoded& d, const u8* bytes, CodeKind code, GuestInstruction& out) {
   const ZydisDecodedInstruction& i = d.instruction;
   out = {};
-  out.what = what_of(d, supervisor);
+  out.what = what_of(d, bytes, code);
   out.mnemonic = u16(i.mnemonic);
   out.length = i.length;
   out.encoding = i.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX    ? Encoding::vex
@@ -406,7 +433,7 @@ void analyse(const Decoded& d, const u8* bytes, bool supervisor, GuestInstructio
                                                                  : Encoding::legacy;
   out.opcode = i.opcode;
   out.opcode_map = u8(i.opcode_map);
-  lay_out(i, bytes, out);
+  lay_out(i, bytes, code, out);
   out.width = u8(std::min(d.operands[0].size / 8, 64));
   for (unsigned n = 0; n < i.operand_count; ++n) {
     const ZydisDecodedOperand& operand = d.operands[n];
@@ -427,7 +454,7 @@ void analyse(const Decoded& d, const u8* bytes, bool supervisor, GuestInstructio
   out.count_mask = count_mask(d);
   if (out.what.kind == Kind::native && out.width == 8 && general_register(d.operands[0]) >= 0 && d.is_immediate(1))
     out.adds = d.mnemonic() == ZYDIS_MNEMONIC_ADD ? 1 : d.mnemonic() == ZYDIS_MNEMONIC_SUB ? -1 : 0;
-  out.is_quick = is_quick(d);
+  out.is_quick = is_quick(d, code);
   out.is_repeated = i.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE);
   out.is_locked = i.attributes & ZYDIS_ATTRIB_HAS_LOCK;
   out.is_repeatable = is_repeatable(d);

@@ -79,10 +79,14 @@ struct MemoryOperand {
 /// How what the opcode and its prefixes say is laid out.
 enum class Encoding : u8 { legacy, vex, evex };
 
-/// One instruction of 64-bit code. Everything but `length` and `mnemonic` is only there if Zydis could decode it.
+/// One instruction. Everything but `length` and `mnemonic` is only there if Zydis could decode it.
 struct GuestInstruction {
   Analysis what;
   u8 length;
+  /// 32-bit code has forms that 64-bit mode does not have: the same with ModRM, and with opcode_at, modrm_at and
+  /// tail_at meant of these bytes.
+  u8 substitute[4];
+  bool is_substituted;
   Encoding encoding;
   u8 opcode, opcode_map;  ///< the opcode's last byte; ZydisOpcodeMap
   u8 opcode_at;           ///< which byte follows the prefixes (REX included); with VEX and EVEX, their first
@@ -114,8 +118,16 @@ struct GuestInstruction {
 /// Whether the host can load and save its x87 registers alone (XSAVE).
 bool can_keep_x87();
 
-/// Of what Zydis has decoded from `bytes`. supervisor: of code at CPL 0, else at CPL 3.
-void analyse(const Decoded& d, const u8* bytes, bool supervisor, GuestInstruction& out);
+/// What the meaning of an instruction's bytes depends on.
+struct CodeKind {
+  bool supervisor;  ///< of code at CPL 0, else at CPL 3
+  bool narrow;      ///< of 32-bit code on flat segments, else of 64-bit code
+
+  unsigned bits() const { return narrow ? 32 : 64; }
+};
+
+/// Of what Zydis has decoded from `bytes`.
+void analyse(const Decoded& d, const u8* bytes, CodeKind code, GuestInstruction& out);
 /// What analyse() leaves open because it depends on which registers and which immediate there are.
 void settle(GuestInstruction& out);
 /// GuestInstruction::immediate of the last bytes of an instruction.

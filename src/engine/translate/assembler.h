@@ -162,17 +162,17 @@ class Assembler {
     bytes(rex(1, from, 0, base), 0x89);
     address(from, base, displacement);
   }
-  void load_from(Register to, const Place& from) {
-    bytes(rex(1, to, from.index, from.base), 0x8b);
+  /// 64 bits, or 32.
+  void load_from(Register to, const Place& from, bool wide) {
+    bytes(rex(wide, to, from.index, from.base), 0x8b);
     address(to, from);
   }
-  void store_to(const Place& to, Register from) {
-    bytes(rex(1, from, to.index, to.base), 0x89);
+  void store_to(const Place& to, Register from, bool wide) {
+    bytes(rex(wide, from, to.index, to.base), 0x89);
     address(from, to);
   }
-  /// mov qword [to], value
-  void store_signed32(const Place& to, s32 value) {
-    bytes(rex(1, 0, to.index, to.base), 0xc7);
+  void store_signed32(const Place& to, s32 value, bool wide) {
+    bytes(rex(wide, 0, to.index, to.base), 0xc7);
     address(0, to);
     dword(u32(value));
   }

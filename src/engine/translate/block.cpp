@@ -10,10 +10,12 @@ namespace anykvm::engine::translate {
 
 namespace {
 
-bool is_supervisor(const BlockRequest& request) { return request.mode.privilege != x86::Privilege::user; }
+CodeKind code_of(const BlockRequest& request) {
+  return {.supervisor = request.mode.privilege != x86::Privilege::user, .narrow = request.mode.narrow};
+}
 
 bool decode_at(const BlockRequest& request, unsigned offset, GuestInstruction& out) {
-  return request.decoder->decode(request.page + offset, unsigned(page_size) - offset, is_supervisor(request), out);
+  return request.decoder->decode(request.page + offset, unsigned(page_size) - offset, code_of(request), out);
 }
 
 /// The lines of the page that [offset, offset + length) lies in.
@@ -42,7 +44,7 @@ bool flags_dead_at(const BlockRequest& request, unsigned offset, u64& lines) {
   return false;
 }
 
-s32 branch_target(const Guest& g) { return s32(g.next) + g.immediate; }
+s32 branch_target(const Guest& g) { return s32(u32(g.next) + u32(g.immediate)); }
 bool in_page(s32 offset) { return offset >= 0 && offset < s32(page_size); }
 
 }  // namespace
@@ -59,7 +61,7 @@ void Translation::collect() {
       std::memcpy(crossing_, g.bytes, first);
       std::memcpy(crossing_ + first, request_.rest, sizeof crossing_ - first);
       g.bytes = crossing_;
-      if (!request_.decoder->decode(crossing_, sizeof crossing_, is_supervisor(request_), g)) out_of_room_ = true;
+      if (!request_.decoder->decode(crossing_, sizeof crossing_, code_of(request_), g)) out_of_room_ = true;
     } else if (!decode_at(request_, offset, g)) {
       // Undefined, or it continues on the next page: the reference engine knows.
       if (count_ == 0) {
@@ -71,6 +73,7 @@ void Translation::collect() {
       }
       break;
     }
+    if (g.is_substituted) g.bytes = g.substitute;
     lines_ |= lines_of(offset, request_.rest ? unsigned(page_size) - offset : g.length);
     if (request_.supervised && !g.is_repeatable) g.what = one_step;
     if (const u8 wanted = g.what.vectors; wanted > request_.mode.vectors) {
@@ -120,7 +123,7 @@ void Translation::collect() {
     g.flags_live = live != 0 || request_.exact_flags;
     g.operand_window = g.stack_window = -1;
   }
-  if (!request_.single_checks) plan_windows();
+  if (!request_.single_checks && wide()) plan_windows();
 }
 
 /// Has the jump at site go to the step of instruction n.
@@ -274,7 +277,7 @@ void Translation::emit_chain(const Cold& cold) {
   a_.jump(request_.stubs->chain[request_.mode.vectors]);
   a_.dword(u32(-(cold.target & s32(page_mask))));
   a_.dword(u32(cold.target));
-  const s32 undo = guests_[cold.guest].what.kind == Kind::call ? 8 : 0;
+  const s32 undo = guests_[cold.guest].what.kind == Kind::call ? word() : 0;
   a_.dword(BranchRequest::encode(guests_[cold.guest].offset, undo, false));
 }
 
@@ -291,7 +294,7 @@ void Translation::aim_or_link(u8* site, s32 target, unsigned n, Mode mode) {
 void Translation::emit_jump_if(const Guest& g, unsigned n) {
   const unsigned condition = g.opcode & 15;
   const s32 target = branch_target(g);
-  if (g.mnemonic == ZYDIS_MNEMONIC_JRCXZ) {
+  if (g.mnemonic == ZYDIS_MNEMONIC_JRCXZ || g.mnemonic == ZYDIS_MNEMONIC_JECXZ) {
     u8* const taken = a_.jump_if_rcx_zero_later();
     u8* const not_taken = a_.jump_later();
     a_.aim_short(taken);
@@ -334,21 +337,21 @@ void Translation::indirect(unsigned n, s32 undo, bool restores) {
 
 /// What is in Context::target.
 void Translation::push_target(const Guest& g, unsigned n, bool flags_live) {
-  const Place place = on_stack(g, n, -8, true, flags_live);
+  const Place place = on_stack(g, n, -word(), true, flags_live);
   a_.load(index_scratch, offsetof(Context, target));
-  a_.store_to(place, index_scratch);
-  a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
+  a_.store_to(place, index_scratch, wide());
+  move_stack_pointer(-word());
 }
 
 void Translation::push_return_address(const Guest& g, unsigned n) {
-  const Place place = on_stack(g, n, -8, true, true);
-  if (g.what.kind == Kind::call_indirect) {
-    a_.load_from(index_scratch, place);
+  const Place place = on_stack(g, n, -word(), true, true);
+  if (g.what.kind == Kind::call_indirect && wide()) {
+    a_.load_from(index_scratch, place, true);
     a_.store(offsetof(Context, replaced), index_scratch);
   }
   to_page_offset(index_scratch, g.next);
-  a_.store_to(place, index_scratch);
-  a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
+  a_.store_to(place, index_scratch, wide());
+  move_stack_pointer(-word());
 }
 
 void Translation::emit(unsigned n) {
@@ -372,9 +375,9 @@ void Translation::emit(unsigned n) {
     case Kind::native: emit_native(g, n); break;
     case Kind::lea: emit_lea(g); break;
     case Kind::push: {
-      const Place place = on_stack(g, n, -8, true, g.flags_live);
+      const Place place = on_stack(g, n, -word(), true, g.flags_live);
       if (g.has_immediate) {
-        a_.store_signed32(place, g.immediate);
+        a_.store_signed32(place, g.immediate, wide());
       } else {
         const unsigned guest = g.registers[0].number;
         Register from = home(guest);
@@ -382,26 +385,26 @@ void Translation::emit(unsigned n) {
           a_.load(index_scratch, spill_slot(guest));
           from = index_scratch;
         }
-        a_.store_to(place, from);
+        a_.store_to(place, from, wide());
       }
-      a_.lea(guest_rsp, guest_rsp, -1, 0, -8);
+      move_stack_pointer(-word());
       break;
     }
     case Kind::pop: {
       const unsigned guest = g.registers[0].number;
       const Place place = on_stack(g, n, 0, false, g.flags_live);
       if (in_context(guest)) {
-        a_.load_from(index_scratch, place);
+        a_.load_from(index_scratch, place, wide());
         a_.store(spill_slot(guest), index_scratch);
       } else {
-        a_.load_from(home(guest), place);
+        a_.load_from(home(guest), place, wide());
       }
-      if (guest != x86::rsp) a_.lea(guest_rsp, guest_rsp, -1, 0, 8);
+      if (guest != x86::rsp) move_stack_pointer(word());
       break;
     }
     case Kind::leave:
-      load_scratch(operand_place(g, {.base = x86::rbp}, 8, false, n, g.flags_live));
-      a_.lea(guest_rsp, x86::rbp, -1, 0, 8);
+      load_scratch(operand_place(g, {.base = x86::rbp}, unsigned(word()), false, n, g.flags_live));
+      a_.lea(guest_rsp, x86::rbp, -1, 0, word(), wide());
       a_.move(x86::rbp, address_scratch);
       break;
     case Kind::jump: link(branch_target(g), exit_flags_live_, n); break;
@@ -423,7 +426,7 @@ void Translation::emit(unsigned n) {
     case Kind::jump_indirect:
     case Kind::call_indirect: {
       if (g.has_memory) {
-        load_scratch(operand_place(g, address_of(g), 8, false, n, true));
+        load_scratch(operand_place(g, address_of(g), unsigned(word()), false, n, true));
       } else {
         const unsigned guest = g.registers[0].number;
         if (in_context(guest))
@@ -437,7 +440,7 @@ void Translation::emit(unsigned n) {
         a_.load(address_scratch, offsetof(Context, target));
       }
       if (g.what.kind == Kind::call_indirect)
-        indirect(n, 8, true);
+        indirect(n, word(), true);
       else
         indirect(n);
       break;
@@ -445,8 +448,8 @@ void Translation::emit(unsigned n) {
     case Kind::ret: {
       const s32 extra = g.has_immediate ? g.immediate & 0xffff : 0;
       load_scratch(on_stack(g, n, 0, false, true));
-      a_.lea(guest_rsp, guest_rsp, -1, 0, 8 + extra);
-      indirect(n, -8 - extra);
+      move_stack_pointer(word() + extra);
+      indirect(n, -word() - extra);
       break;
     }
   }

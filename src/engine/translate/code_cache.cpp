@@ -178,6 +178,7 @@ int CodeCache::instruction_at(const Block& block, const u8* host) {
 
 void CodeCache::mark_instructions(const CodePage& page, u64 (&begins)[page_size / 64]) const {
   for_each_block(page, [&begins](const Block& block) {
+    if (Mode::is_narrow(block.mode)) return;
     PlaceReader places(block.places);
     for (u32 n = 0; n < block.instructions; ++n) {
       const unsigned offset = places.next().offset;

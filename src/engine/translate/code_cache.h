@@ -98,7 +98,7 @@ class CodeCache {
   const u8* copy_of(const CodePage& page) const { return copies_ + (&page - pages_) * page_size; }
   /// Copies the page but for the lines that have become blocks, once in an epoch.
   void take_copy(CodePage& page, u64 epoch);
-  /// Sets the bits of the offsets at which its blocks' instructions begin.
+  /// Sets the bits of the offsets at which the instructions of its blocks of 64-bit code begin.
   void mark_instructions(const CodePage& page, u64 (&begins)[page_size / 64]) const;
   /// Whether what the blocks were made from is still there.
   bool is_unchanged(const CodePage& page) const;

@@ -63,13 +63,16 @@ enum VectorLevel : u8 {
 };
 inline constexpr unsigned vector_levels = 3;
 
-/// Translated code differs by whose rights it has and by which vector registers it finds.
+/// Translated code differs by how wide its addresses are, by whose rights it has and by which vector registers it
+/// finds.
 struct Mode {
-  static constexpr unsigned count = 3 * vector_levels;
+  static constexpr unsigned count = 2 * 3 * vector_levels;
   x86::Privilege privilege;
-  u8 vectors;  ///< VectorLevel
-  unsigned number() const { return unsigned(privilege) * vector_levels + vectors; }
+  u8 vectors;           ///< VectorLevel
+  bool narrow = false;  ///< 32-bit code on flat segments, whose general registers have nothing in their upper halves
+  unsigned number() const { return (narrow * 3 + unsigned(privilege)) * vector_levels + vectors; }
   static unsigned vectors_of(unsigned number) { return number % vector_levels; }
+  static bool is_narrow(unsigned number) { return number / (3 * vector_levels) & 1; }
 };
 
 struct Context {
@@ -78,6 +81,7 @@ struct Context {
   u64 temporary;
   u64 enter_at;
   u64 fs_base, gs_base;
+  u64 fs_refused, gs_refused;  ///< of 32-bit code: what takes each address there out of what the TLB has, or 0
   x86::CpuState* state;
   const std::atomic<u32>* attention;  ///< 0 or 1: what is emitted takes it for an index
   const u32* window_wanted;

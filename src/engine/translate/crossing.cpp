@@ -61,6 +61,7 @@ void Translator::translate_crossing(u64 rip) {
   if (first >= longest_instruction || cpu_->exit.kind != x86::ExitKind::none || code_dropped_ || !translatable() ||
       cpu_->data_privilege != mode_.privilege || cpu_->mmu.flush_count() != flushes_seen_)
     return;
+  if (mode_.narrow && (rip + longest_instruction) >> 32) return;
   const u8* const host = cpu_->mmu.find(rip, 1, x86::Access::fetch, cpu_->fetch_privilege());
   const u8* const next_host = cpu_->mmu.find(rip + first, 1, x86::Access::fetch, cpu_->fetch_privilege());
   if (!host || !next_host) return;
@@ -74,7 +75,9 @@ void Translator::translate_crossing(u64 rip) {
   std::memcpy(bytes, cache_.copy_of(*page) + offset, first);
   std::memcpy(bytes + first, cache_.copy_of(*next), sizeof bytes - first);
   Decoded d;
-  if (!ZYAN_SUCCESS(decode_instruction(bytes, sizeof bytes, 64, d)) || d.instruction.length <= first) return;
+  if (!ZYAN_SUCCESS(decode_instruction(bytes, sizeof bytes, mode_.narrow ? 32 : 64, d)) ||
+      d.instruction.length <= first)
+    return;
   const u64 behind_at = u64(next_host) + d.instruction.length - first;
   const Block* behind = cache_.find(behind_at, block_mode(false));
   // Behind an unconditional jump the code may never be gone to.

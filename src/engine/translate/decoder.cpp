@@ -109,6 +109,7 @@ constexpr u32 rex_w = 1u << 6, has_rex = 1u << 7, is_supervisor = 1u << 8, behin
 constexpr unsigned opcode_shift = 10, reg_shift = 18, rm_shift = 21;
 constexpr u32 on_register = 1u << 24;  ///< ModRM.rm names a register
 constexpr u32 rex_b = 1u << 25;        ///< without ModRM: NOP and PAUSE are instructions of their own
+constexpr u32 is_narrow = 1u << 26;
 constexpr u32 is_key = 1u << 31;
 
 /// The memory operand of ModRM at `modrm`. Returns what is behind it.
@@ -131,7 +132,8 @@ const u8* read_memory(const u8* modrm, unsigned rex, u32 key, MemoryOperand& out
     }
   } else if (mod == 0 && rm == 5) {
     base = -1;
-    has_dword = on_rip = true;
+    has_dword = true;
+    on_rip = !(key & is_narrow);
   }
   s32 displacement = 0;
   if (has_dword) {
@@ -179,11 +181,11 @@ Decoder::Decoder() {
 
 Decoder::~Decoder() { munmap(shapes_, shape_count * sizeof(Shape)); }
 
-bool Decoder::decode_with_zydis(const u8* bytes, unsigned available, bool supervisor, Shape* shape, u32 key,
+bool Decoder::decode_with_zydis(const u8* bytes, unsigned available, CodeKind code, Shape* shape, u32 key,
                                 GuestInstruction& out) {
   Decoded d;
-  if (!ZYAN_SUCCESS(decode_instruction(bytes, available, 64, d))) return false;
-  analyse(d, bytes, supervisor, out);
+  if (!ZYAN_SUCCESS(decode_instruction(bytes, available, code.bits(), d))) return false;
+  analyse(d, bytes, code, out);
   if (shape) {
     shape->key = key;
     shape->instruction = out;
@@ -192,19 +194,51 @@ bool Decoder::decode_with_zydis(const u8* bytes, unsigned available, bool superv
   return true;
 }
 
-bool Decoder::decode(const u8* bytes, unsigned available, bool supervisor, GuestInstruction& out) {
+bool Decoder::decode(const u8* bytes, unsigned available, CodeKind code, GuestInstruction& out) {
+  if (!code.narrow) return decode_known(bytes, available, code, out);
+  // INC and DEC of a register in one byte, which is a REX prefix in 64-bit mode, and the moves between the accumulator
+  // and an absolute address: the forms with ModRM in their place.
+  constexpr unsigned most_prefixes = 2;  // of which one may be 66, the only one that is emitted
+  constexpr u8 operand_size = 0x66, address_size = 0x67;
+  u8 other[longest_instruction] = {};
+  unsigned at = 0;
+  bool has_66 = false, has_67 = false;
+  for (; at < available && at < most_prefixes && is_legacy_prefix(bytes[at]); ++at) {
+    other[at] = bytes[at];
+    has_66 |= bytes[at] == operand_size;
+    has_67 |= bytes[at] == address_size;
+  }
+  const unsigned opcode = at < available ? bytes[at] : 0;
+  const bool steps = (opcode & 0xf0) == 0x40, moves = (opcode & 0xfc) == 0xa0;
+  const unsigned length = at + (moves ? 5 : 1);
+  if ((!steps && !moves) || length > available || has_67) return decode_known(bytes, available, code, out);
+  const u8 with_modrm[] = {u8(steps ? 0xff : 0x88 | (opcode & 1) | (~opcode & 2)),
+                           u8(steps ? 0xc0 | (opcode & 15) : 5)};
+  std::memcpy(other + at, with_modrm, sizeof with_modrm);
+  if (moves) std::memcpy(other + at + 2, bytes + at + 1, 4);
+  if (!decode_known(other, sizeof other, code, out)) return false;
+  out.length = out.tail_at = u8(length);
+  out.opcode_at = has_66;
+  out.modrm_at = u8(has_66 + 1);
+  out.is_substituted = true;
+  if (has_66) out.substitute[0] = operand_size;
+  std::memcpy(out.substitute + has_66, with_modrm, sizeof with_modrm);
+  return true;
+}
+
+bool Decoder::decode_known(const u8* bytes, unsigned available, CodeKind code, GuestInstruction& out) {
   const auto ask_zydis = [&](Shape* shape, u32 key) {
-    return decode_with_zydis(bytes, available, supervisor, shape, key, out);
+    return decode_with_zydis(bytes, available, code, shape, key, out);
   };
   if (available < longest_instruction) return ask_zydis(nullptr, 0);
-  u32 key = is_key | (supervisor ? is_supervisor : 0);
+  u32 key = is_key | (code.supervisor ? is_supervisor : 0) | (code.narrow ? is_narrow : 0);
   unsigned at = 0, rex = 0;
   while (one_byte.of[bytes[at]] & is_prefix) {
     const u32 prefix = 1u << (one_byte.of[bytes[at++]] & 7);
     if (key & prefix) return ask_zydis(nullptr, 0);
     key |= prefix;
   }
-  if ((bytes[at] & 0xf0) == 0x40) {
+  if (!code.narrow && (bytes[at] & 0xf0) == 0x40) {
     rex = bytes[at++];
     key |= has_rex | (rex & 8 ? rex_w : 0);
   }

@@ -15,9 +15,9 @@ class Decoder {
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
 
-  /// The instruction at `bytes`; those behind `available` are not looked at. supervisor: of code at CPL 0, else at
-  /// CPL 3. false: it is undefined, or goes on behind `available`; `out` may have changed then.
-  bool decode(const u8* bytes, unsigned available, bool supervisor, GuestInstruction& out);
+  /// The instruction at `bytes`; those behind `available` are not looked at. false: it is undefined, or goes on behind
+  /// `available`; `out` may have changed then.
+  bool decode(const u8* bytes, unsigned available, CodeKind code, GuestInstruction& out);
 
  private:
   struct alignas(64) Shape {
@@ -26,8 +26,9 @@ class Decoder {
   };
   static constexpr unsigned shape_bits = 11, shape_count = 1u << shape_bits;
 
-  bool decode_with_zydis(const u8* bytes, unsigned available, bool supervisor, Shape* shape, u32 key,
+  bool decode_with_zydis(const u8* bytes, unsigned available, CodeKind code, Shape* shape, u32 key,
                          GuestInstruction& out);
+  bool decode_known(const u8* bytes, unsigned available, CodeKind code, GuestInstruction& out);
 
   Shape* shapes_;  ///< [shape_count], mapped lazily
 };

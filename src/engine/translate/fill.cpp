@@ -22,6 +22,10 @@ bool find_function(Context* context, u64 rip, u32 request, u64 rsp) {
 bool Translator::find(u64 rip, u32 request, u64 rsp) {
   Chain* const chain = reinterpret_cast<Chain*>(context_->chain);
   context_->chain = 0;
+  if (mode_.narrow) {  // a branch may lead over the end of 4 GiB
+    rip = u32(rip);
+    context_->page_base = u32(context_->page_base);
+  }
   if (cpu_->canonical(rip)) {
     const Gva from = context_->page_base;
     if (!find(rip)) return false;
@@ -140,7 +144,7 @@ bool Translator::fill(Gva address, unsigned size, u32 request) {
   using x86::Access;
   const bool write = FillRequest::write(request);
   const x86::Privilege privilege = FillRequest::privilege(request);
-  if (mode_.privilege != privilege) return false;
+  if (mode_.privilege != privilege || (mode_.narrow && address >> 32)) return false;
   const u8* host = cpu_->mmu.find(address, size, write ? Access::write : Access::read, privilege);
   if (!host) return false;
   const unsigned slot = address >> 12 & (tlb_entries - 1);

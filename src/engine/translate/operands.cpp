@@ -40,10 +40,14 @@ void Translation::compute(const Address& address) {
   if (base >= 0 && index < 0 && address.displacement == 0) {
     if (base != address_scratch) a_.move(address_scratch, Register(base));
   } else {
-    a_.lea(address_scratch, base, index, address.shift, address.displacement);
+    a_.lea(address_scratch, base, index, address.shift, address.displacement, wide());
   }
   if (address.segment >= 0) {
-    a_.load(index_scratch, address.segment == x86::fs ? offsetof(Context, fs_base) : offsetof(Context, gs_base));
+    const bool fs = address.segment == x86::fs;
+    a_.load(index_scratch, fs ? offsetof(Context, fs_base) : offsetof(Context, gs_base));
+    a_.lea(address_scratch, address_scratch, index_scratch, 0, 0, wide());
+    if (wide()) return;
+    a_.load(index_scratch, fs ? offsetof(Context, fs_refused) : offsetof(Context, gs_refused));
     a_.lea(address_scratch, address_scratch, index_scratch, 0, 0);
   }
 }
@@ -95,12 +99,13 @@ void Translation::check(const Address& address, unsigned size, bool write, unsig
 }
 
 /// The place of the instruction's memory operand. Where one register and a displacement make the address, that register
-/// stays in it: the processor knows then where a load finds what was stored last.
+/// stays in it: the processor knows then where a load finds what was stored last. (In 32-bit code the address may be
+/// another than their sum.)
 Place Translation::operand_place(const Guest& g, const Address& address, unsigned size, bool write, unsigned n,
                                  bool flags_live) {
   if (g.operand_window >= 0) return in_window(g.operand_window, address.displacement);
   const bool plain = address.base >= 0 && !in_context(unsigned(address.base)) && address.index < 0 &&
-                     address.segment < 0 && !address.rip_relative;
+                     address.segment < 0 && !address.rip_relative && wide();
   if (!plain) {
     check(address, size, write, n, flags_live);
     return {.base = address_scratch};
@@ -112,12 +117,12 @@ Place Translation::operand_place(const Guest& g, const Address& address, unsigne
 
 Place Translation::on_stack(const Guest& g, unsigned n, s32 displacement, bool write, bool flags_live) {
   if (g.stack_window >= 0) return in_window(g.stack_window, displacement);
-  check({.base = x86::rsp, .displacement = displacement}, 8, write, n, flags_live);
+  check({.base = x86::rsp, .displacement = displacement}, unsigned(word()), write, n, flags_live);
   return {.base = address_scratch};
 }
 
 void Translation::load_scratch(const Place& place) {
-  a_.load_from(address_scratch, place);
+  a_.load_from(address_scratch, place, wide());
   held_ = -1;
 }
 

@@ -44,6 +44,7 @@ bool Translator::store_string(u64 next, bool repeats) {
       }
     }
     gpr[rdi] += length;
+    if (mode_.narrow) gpr[rsi] = u32(gpr[rsi]), gpr[rdi] = u32(gpr[rdi]);
     left -= count;
     if (repeats) gpr[rcx] = left;
     if (left && (context_->attention->load(std::memory_order_relaxed) ||
@@ -55,12 +56,14 @@ bool Translator::store_string(u64 next, bool repeats) {
 }
 
 bool Translator::quick_step(u64 request) {
-  const u64 next = context_->page_base + StepRequest::next(request);
+  u64 next = context_->page_base + StepRequest::next(request);
+  if (mode_.narrow) next = u32(next);
   const bool repeats = StepRequest::repeats(request);
   bool done = false;
   switch (StepRequest::mnemonic(request)) {
     case ZYDIS_MNEMONIC_SYSCALL: done = cpu_->syscall(next) == Result::ok; break;
     case ZYDIS_MNEMONIC_SYSRET: done = cpu_->sysret(8) == Result::ok; break;
+    case ZYDIS_MNEMONIC_IRETD: done = cpu_->iret(4, next) == Result::ok; break;
     case ZYDIS_MNEMONIC_IRETQ: done = cpu_->iret(8, next) == Result::ok; break;
     case ZYDIS_MNEMONIC_MOVSB: done = store_string<1, true>(next, repeats); break;
     case ZYDIS_MNEMONIC_MOVSW: done = store_string<2, true>(next, repeats); break;

@@ -19,7 +19,7 @@ constexpr u32 temporary = offsetof(Context, temporary), at_state = offsetof(Cont
 }  // namespace
 
 void Translation::emit_push_memory(const Guest& g, unsigned n) {
-  load_scratch(operand_place(g, address_of(g), 8, false, n, g.flags_live));
+  load_scratch(operand_place(g, address_of(g), unsigned(word()), false, n, g.flags_live));
   a_.store(target, address_scratch);
   push_target(g, n, g.flags_live);
 }
@@ -74,7 +74,7 @@ void Translation::emit_bit_string(const Guest& g, unsigned n) {
   a_.move_immediate32(rcx, shift);
   a_.shift_right_signed(index_scratch, index_scratch, rcx);
   a_.load(rcx, temporary);
-  a_.lea(address_scratch, address_scratch, index_scratch, bytes == 8 ? 3 : 2, 0);
+  a_.lea(address_scratch, address_scratch, index_scratch, bytes == 8 ? 3 : 2, 0, wide());
   a_.store(target, address_scratch);
   const bool writes = g.mnemonic != ZYDIS_MNEMONIC_BT;
   check({.computed = true}, bytes, writes, n, g.flags_live);
@@ -153,7 +153,7 @@ void Translation::emit_set_access_check(const Guest& g, unsigned n) {
     a_.load(index_scratch, at);
     a_.bytes(0x41, 0xc6, 0x45, 0, unsigned(privilege));  // mov byte [r13], privilege
   }
-  aim_or_link(a_.jump_later(), g.next, n, {privilege, request_.mode.vectors});
+  aim_or_link(a_.jump_later(), g.next, n, {privilege, request_.mode.vectors, request_.mode.narrow});
 }
 
 void Translation::emit_read_time(const Guest& g, unsigned n) {

@@ -53,6 +53,11 @@ class Translation {
     u32 request;     ///< indirect: the BranchRequest
   };
 
+  /// Addresses have 64 bits, and so have the words on the stack; else 32.
+  bool wide() const { return !request_.mode.narrow; }
+  s32 word() const { return wide() ? 8 : 4; }
+  void move_stack_pointer(s32 by) { a_.lea(guest_rsp, guest_rsp, -1, 0, by, wide()); }
+
   void collect();
   // windows.cpp
   void plan_windows();
@@ -93,7 +98,7 @@ class Translation {
   void check_tag(const Address& address, unsigned size, bool write, unsigned n, bool flags_live,
                  Cold::Kind miss = Cold::Kind::refill);
   Place operand_place(const Guest& g, const Address& address, unsigned size, bool write, unsigned n, bool flags_live);
-  /// The place of 8 bytes on the guest's stack.
+  /// The place of a word on the guest's stack.
   Place on_stack(const Guest& g, unsigned n, s32 displacement, bool write, bool flags_live);
   /// The value there to the address scratch register.
   void load_scratch(const Place& place);
@@ -110,7 +115,7 @@ class Translation {
   void aim_or_link(u8* site, s32 target, unsigned n, Mode mode);
   void to_page_offset(Register to, s32 offset) {
     a_.load(to, offsetof(Context, page_base));
-    a_.lea(to, to, -1, 0, offset);
+    a_.lea(to, to, -1, 0, offset, wide());
   }
   /// Continues at the guest address in the address scratch register, wherever that is: where it is not canonical,
   /// behind instruction n, with the stack pointer moved by `undo`, and with Context::replaced in the place of what it

@@ -108,10 +108,35 @@ u8 Translator::vectors_allowed() const {
   return (s.xcr0 & needed_for_all) == needed_for_all && host_has_all_vectors_ ? all_vectors : first_vectors;
 }
 
+namespace {
+
+/// Neither its limit nor its type forbids an access.
+bool reaches_all(const x86::Segment& segment) {
+  constexpr u8 code = 8, expands_down = 4, writable = 2;
+  return !segment.unusable && segment.present && segment.limit == ~0u &&
+         (segment.type & (code | expands_down | writable)) == writable;
+}
+
+/// 32-bit code that Mode::narrow means.
+bool is_flat(const x86::CpuState& s) {
+  const x86::Segment& code = s.segment[x86::cs];
+  if (code.base || code.limit != ~0u || !s.segment[x86::ss].db) return false;
+  for (const x86::SegmentName name : {x86::ss, x86::ds, x86::es})
+    if (s.segment[name].base || !reaches_all(s.segment[name])) return false;
+  u64 all = s.rip;
+  for (unsigned reg = 0; reg < 8; ++reg) all |= s.gpr[reg];
+  return !(all >> 32);
+}
+
+bool is_narrow(const x86::CpuState& s) { return s.code_bits == 32; }
+
+}  // namespace
+
 bool Translator::translatable() const {
   const x86::CpuState& s = cpu_->state;
-  return s.code_bits == 64 && (s.cpl == 0 || s.cpl == 3) && !(s.other_flags & x86::flag::tf) && !s.event.shadow &&
-         !cpu_->debug_watch && cpu_->data_privilege != x86::Privilege::user_aligned;
+  return (s.code_bits == 64 || (s.code_bits == 32 && is_flat(s))) && (s.cpl == 0 || s.cpl == 3) &&
+         !(s.other_flags & x86::flag::tf) && !s.event.shadow && !cpu_->debug_watch &&
+         cpu_->data_privilege != x86::Privilege::user_aligned;
 }
 
 /// global: what lies in global pages; else what does not.
@@ -233,6 +258,11 @@ void Translator::drop(CodePage& page) {
 void Translator::refresh_segments() {
   context_->fs_base = cpu_->state.segment[x86::fs].base;
   context_->gs_base = cpu_->state.segment[x86::gs].base;
+  if (mode_.narrow) {
+    constexpr u64 out_of_reach = 1ull << 63;
+    context_->fs_refused = reaches_all(cpu_->state.segment[x86::fs]) ? 0 : out_of_reach;
+    context_->gs_refused = reaches_all(cpu_->state.segment[x86::gs]) ? 0 : out_of_reach;
+  }
   context_->access_check_is_refused = !(cpu_->state.cr4 & x86::cr4::smap) || !cpu_->cpuid.has(x86::Feature::smap);
   context_->time_is_refused = cpu_->state.tsc_ratio || (cpu_->state.cpl && cpu_->state.cr4 & x86::cr4::tsd) ||
                               !cpu_->cpuid.has(x86::Feature::rdtscp);
@@ -337,8 +367,9 @@ Next Translator::step_in_block(u64 request) {
   }
   refresh_segments();
   const bool same = cpu_->exit.kind == ExitKind::none && s.rip == context_->page_base + StepRequest::next(request) &&
-                    translatable() && cpu_->data_privilege == mode_.privilege && context_->x87_missing == x87_missing &&
-                    !code_dropped_ && cpu_->mmu.flush_count() == flushes_seen_ && mode_.vectors <= vectors_allowed();
+                    translatable() && is_narrow(s) == mode_.narrow && cpu_->data_privilege == mode_.privilege &&
+                    context_->x87_missing == x87_missing && !code_dropped_ &&
+                    cpu_->mmu.flush_count() == flushes_seen_ && mode_.vectors <= vectors_allowed();
   return same ? Next::same_block : go_on();
 }
 
@@ -350,7 +381,7 @@ Next Translator::go_on() {
   follow_flushes();
   const Mode mode = next_mode(false);
   mode_ = mode;
-  if (direct_ && mode.privilege == x86::Privilege::user && direct_->wants(cpu)) return Next::leave;
+  if (direct_ && mode.privilege == x86::Privilege::user && !mode.narrow && direct_->wants(cpu)) return Next::leave;
   const Jump& jump = context_->jumps[mode.number()][jump_slot(cpu.state.rip)];
   if (jump.minus_rip + cpu.state.rip == 0) {
     context_->enter_at = jump.code;
@@ -388,6 +419,7 @@ Mode Translator::next_mode(u8 wants_vectors) {
   }
   if (wants_vectors && std::exchange(tries_without_, false)) trial_after_ = std::min(2 * trial_after_, last_trial);
   mode.vectors = std::min(std::max(mode.vectors, wants_vectors), vectors_allowed());
+  mode.narrow = is_narrow(cpu_->state);
   return mode;
 }
 
@@ -486,7 +518,8 @@ bool Translator::known_instructions(void* self, const u8* host, u64 (&begins)[pa
 }
 
 bool Translator::run_natively() {
-  if (!direct_ || mode_.privilege != x86::Privilege::user || !translatable() || !direct_->wants(*cpu_)) return false;
+  if (!direct_ || mode_.privilege != x86::Privilege::user || mode_.narrow || !translatable() || !direct_->wants(*cpu_))
+    return false;
   save_x87();
   context_->link_site = 0;
   switch (direct_->run(*cpu_)) {
@@ -503,7 +536,7 @@ void Translator::step_outside() {
   forget_system_calls();
   save_x87();
   u64 count = 1;
-  if (cpu_->state.code_bits == 64 || supervision_)
+  if (cpu_->state.code_bits == 64 || translatable() || supervision_)
     reference_->step(*cpu_);
   else
     count = std::max<u64>(reference_->run_stretch(*cpu_), 1);
@@ -551,6 +584,7 @@ bool Translator::run_once() {
   cpu_->state.other_flags &= ~x86::flag::rf;  // no breakpoint is armed
   refresh_segments();
   stubs_.enter[mode_.vectors](context_);
+  if (cpu_->state.code_bits != 64) cpu_->state.rip = u32(cpu_->state.rip);
   if (supervision_) save_x87();
   return cpu_->exit.kind == ExitKind::none;
 }

@@ -1,4 +1,5 @@
-// The fast engine: same-ISA dynamic binary translation of 64-bit code; everything else goes to the reference engine.
+// The fast engine: same-ISA dynamic binary translation of 64-bit code and of 32-bit code on flat segments; everything
+// else goes to the reference engine.
 // See docs/translator.md.
 #pragma once
 

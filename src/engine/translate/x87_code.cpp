@@ -36,7 +36,7 @@ void Translation::store_offset(const Guest& g) {
   if (address.base >= 0 && !in_context(unsigned(address.base)) &&
       (address.index < 0 || !in_context(unsigned(address.index)))) {
     a_.lea(index_scratch, home(unsigned(address.base)), address.index < 0 ? -1 : home(unsigned(address.index)),
-           address.shift, address.displacement);
+           address.shift, address.displacement, wide());
   } else if (address.rip_relative) {
     to_page_offset(index_scratch, address.displacement);
   } else {
