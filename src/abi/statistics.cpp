@@ -14,6 +14,7 @@
 
 #include "abi/vm_file.h"
 #include "engine/engine.h"
+#include "os/client_ram.h"
 #include "os/clock.h"
 #include "os/process_identity.h"
 #include "os/signal_handlers.h"
@@ -73,6 +74,16 @@ void append_row(std::string& text, const vm::StatDescription& description, doubl
   text += '\n';
 }
 
+/// Whether user code can run on the host CPU itself, and why not.
+void append_direct(std::string& text) {
+  const os::ClientRamReport ram = os::client_ram_report();
+  if (ram.moved)
+    append(text, "  guest RAM moved to files: %llu MiB\n", static_cast<unsigned long long>(ram.moved >> 20));
+  if (ram.reason) text += std::string("  guest RAM left where it was: ") + ram.reason + '\n';
+  if (const char* obstacle = engine::direct_obstacle())
+    text += std::string("  user code is translated: ") + obstacle + '\n';
+}
+
 std::string table(const Watched& watched) {
   VmFile& file = *watched.file;
   const double seconds = std::max(1e-9, static_cast<double>(os::monotonic_ns() - watched.began_ns) * 1e-9);
@@ -81,6 +92,7 @@ std::string table(const Watched& watched) {
   engine::Kind kind{};
   engine::default_kind(kind);
   append(text, "anykvm: kvm-%d, %zu vCPUs, %s, %.3f s\n", getpid(), file.vcpus.size(), engine::name_of(kind), seconds);
+  if (kind == engine::Kind::direct) append_direct(text);
   append(text, "  %-26s %15s %13s", "", "total", "per second");
   if (file.vcpus.size() > 1 && file.vcpus.size() <= most_columns)
     for (const auto& each : file.vcpus) append(text, "         vcpu-%u", each.vcpu->id());

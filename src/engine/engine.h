@@ -35,6 +35,9 @@ class Engine {
   /// How many blocks of guest code it has translated.
   virtual u64 translations() const { return 0; }
 
+  /// How often guest code has gone on running on the host CPU itself.
+  virtual u64 native_stretches() const { return 0; }
+
   /// Calls f(arg, mnemonic, count) for each instruction that the reference engine has executed in a faster engine's
   /// place, and how often; "" stands for those that it was given without a look at them. Any thread; the counts may be
   /// a little old.
@@ -48,6 +51,8 @@ std::unique_ptr<Engine> make_translator(bool exact = false);
 /// The translator; and where guest RAM is shared memory of files, user code that runs for long runs on the host CPU
 /// itself, in processes of its own.
 std::unique_ptr<Engine> make_direct();
+/// Why such an engine of this process has nothing run on the host CPU; nullptr: nothing is known to be in the way.
+const char* direct_obstacle();
 std::unique_ptr<Engine> make_lockstep();
 
 enum class Kind : u8 { interpret, translate, translate_exact, direct, lockstep };

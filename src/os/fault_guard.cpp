@@ -11,6 +11,7 @@
 #include <csetjmp>
 #endif
 
+#include "os/client_ram.h"
 #include "os/signal_handlers.h"
 #include "x86/types.h"
 
@@ -153,6 +154,7 @@ bool unwind_guard(int signal, siginfo_t* info, ucontext_t& context) {
 bool on_fault(int signal, siginfo_t* info, void* context) {
   if (info->si_code <= 0) return false;
   mcontext_t& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
+  if (signal == SIGSEGV && info->si_code == SEGV_ACCERR && was_being_moved(info->si_addr)) return true;
   const auto rip = reinterpret_cast<const char*>(machine.gregs[REG_RIP]);
   if (kind_of(signal) == HostFaults::memory && rip >= anykvm_user_copy && rip < anykvm_user_copy_end) {
     machine.gregs[REG_RIP] = reinterpret_cast<greg_t>(anykvm_user_copy_fault);

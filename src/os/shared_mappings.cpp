@@ -3,13 +3,12 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 
-#include "os/memory_file.h"
+#include "os/proc_lines.h"
 
 namespace anykvm::os {
 namespace {
@@ -31,43 +30,27 @@ int descriptor_of(dev_t device, ino_t inode) {
 }  // namespace
 
 unsigned find_shared_mappings(const u8* begin, const u8* end, SharedMapping* found, unsigned most) {
-  const int maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
-  if (maps < 0) return 0;
-  char buffer[8192];
-  std::size_t filled = 0;
   unsigned count = 0;
-  for (bool more = true; more;) {
-    const ssize_t got = read(maps, buffer + filled, sizeof buffer - 1 - filled);
-    if (got > 0) filled += std::size_t(got);
-    more = got > 0;
-    buffer[filled] = 0;
-    char* line = buffer;
-    for (char* next; (next = static_cast<char*>(std::memchr(line, '\n', filled - std::size_t(line - buffer))));
-         line = next + 1) {
-      *next = 0;
-      unsigned long from, to, offset, inode;
-      unsigned device_major, device_minor;
-      char rights[5];
-      if (std::sscanf(line, "%lx-%lx %4s %lx %x:%x %lu", &from, &to, rights, &offset, &device_major, &device_minor,
-                      &inode) != 7)
-        continue;
-      auto* const first = std::max(reinterpret_cast<const u8*>(from), begin);
-      auto* const last = std::min(reinterpret_cast<const u8*>(to), end);
-      if (first >= last || rights[3] != 's' || inode == 0 || count == most) continue;
-      const int fd = descriptor_of(makedev(device_major, device_minor), inode);
-      if (fd < 0) continue;
-      const u64 at = offset + (u64(first) - from);
-      if (count && found[count - 1].end == first && found[count - 1].fd == fd &&
-          found[count - 1].offset + u64(first - found[count - 1].begin) == at)
-        found[count - 1].end = const_cast<u8*>(last);
-      else
-        found[count++] = {const_cast<u8*>(first), const_cast<u8*>(last), fd, at};
-    }
-    const std::size_t rest = filled - std::size_t(line - buffer);
-    std::memmove(buffer, line, rest);
-    filled = rest;
-  }
-  close_file(maps);
+  for_each_line("/proc/self/maps", [&](const char* line) {
+    unsigned long from, to, offset, inode;
+    unsigned device_major, device_minor;
+    char rights[5];
+    if (std::sscanf(line, "%lx-%lx %4s %lx %x:%x %lu", &from, &to, rights, &offset, &device_major, &device_minor,
+                    &inode) != 7)
+      return true;
+    auto* const first = std::max(reinterpret_cast<const u8*>(from), begin);
+    auto* const last = std::min(reinterpret_cast<const u8*>(to), end);
+    if (first >= last || std::strncmp(rights, "rw", 2) != 0 || rights[3] != 's' || inode == 0) return true;
+    const int fd = descriptor_of(makedev(device_major, device_minor), inode);
+    if (fd < 0) return true;
+    const u64 at = offset + (u64(first) - from);
+    if (count && found[count - 1].end == first && found[count - 1].fd == fd &&
+        found[count - 1].offset + u64(first - found[count - 1].begin) == at)
+      found[count - 1].end = const_cast<u8*>(last);
+    else if (count < most)
+      found[count++] = {const_cast<u8*>(first), const_cast<u8*>(last), fd, at};
+    return true;
+  });
   return count;
 }
 

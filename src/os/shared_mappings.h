@@ -14,8 +14,8 @@ struct SharedMapping {
   u64 offset;  ///< of begin in the file
 };
 
-/// The parts of [begin, end) that are shared mappings of files with a descriptor, in ascending order; at most `most`
-/// of them. Reads /proc/self/maps. No allocation, some system calls.
+/// The parts of [begin, end) that are shared mappings, to read and to write, of files with a descriptor, in ascending
+/// order; at most `most` of them. Reads /proc/self/maps. No allocation, some system calls.
 unsigned find_shared_mappings(const u8* begin, const u8* end, SharedMapping* found, unsigned most);
 
 }  // namespace anykvm::os

@@ -7,6 +7,7 @@
 #undef _FORTIFY_SOURCE  // its inline open() would be defined twice
 #include <fcntl.h>
 #include <linux/close_range.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
@@ -19,7 +20,9 @@
 
 #include "abi/abi.h"
 #include "anykvm/kvm.h"
+#include "os/client_ram.h"
 #include "os/process_identity.h"
+#include "os/user_memory.h"
 #include "preload/kvm_paths.h"
 #include "preload/result.h"
 
@@ -76,6 +79,9 @@ void forget(unsigned first, unsigned last) {
 }
 
 long ioctl_of_unknown(int fd, unsigned long request, unsigned long argument) {
+  if (request == UFFDIO_REGISTER)
+    if (uffdio_register watched; os::get_user(watched, argument))
+      os::client_watches_faults(watched.range.start, watched.range.len);
   if (_IOC_TYPE(request) == KVMIO) {
     const int adopted = abi::adopt_unknown(fd);
     if (adopted == 0) return as_libc(abi::ioctl(fd, request, argument));

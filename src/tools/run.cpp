@@ -87,7 +87,7 @@ int run_program(const RunOptions& options) {
   const FoundProgram found = find_program(name);
   if (found.error) return fail_to_execute(name, found.error);
 
-  const EngineChoice choice = choose_engine(options.engine);
+  const EngineChoice choice = choose_engine(options.engine, true);
   std::string preloads = other_preloads();
   if (choice.host) {
     announce(options, fmt::format("/dev/kvm is the host's ({})", choice.reason));

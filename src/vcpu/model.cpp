@@ -148,7 +148,7 @@ int Vcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
   update_cpuid_quirk();
   const bool apic_enabled = apic_base() & irqchip::LocalApic::base_enable;
   // A guest that has run must not see its CPU change; setting the same again is what CPU hot-plug does.
-  if (has_run_) return cpu_.cpuid.equals(cpu_.state, apic_enabled, entries) ? 0 : -EINVAL;
+  if (has_run()) return cpu_.cpuid.equals(cpu_.state, apic_enabled, entries) ? 0 : -EINVAL;
   // A vCPU that keeps its halts to itself cannot be kicked out of them.
   if (vm_->halts_in_guest()) cpu_.cpuid.withhold_kvm_features(1u << KVM_FEATURE_PV_UNHALT);
   if (const int error = cpu_.cpuid.set(entries)) return error;

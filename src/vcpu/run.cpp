@@ -82,7 +82,8 @@ int Vcpu::run_locked() {
     cr8_ = run_->cr8;
   }
 
-  has_run_ = told_ = true;
+  has_run_.store(true, std::memory_order_relaxed);
+  told_ = true;
   update_cpuid_quirk();
   enter_guest_mode();
   int result = complete_exit();
@@ -160,6 +161,7 @@ void Vcpu::count_engine() {
   stats_.set(VcpuStat::insn_emulation, cpu_.instructions);
   stats_.set(VcpuStat::page_walks, cpu_.mmu.walks);
   stats_.set(VcpuStat::translations, engine_->translations());
+  stats_.set(VcpuStat::native_stretches, engine_->native_stretches());
 }
 
 /// The host did not let the guest's memory be accessed.

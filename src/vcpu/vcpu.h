@@ -104,6 +104,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   void flush_tlb_and_wait();
   /// VmClock has changed: the guest's clock page is written again before it runs on.
   void clock_changed() { wake(); }
+  bool has_run() const { return has_run_.load(std::memory_order_relaxed); }
   void set_disabled_quirks(u64 quirks) { cpu_.disabled_quirks.store(quirks, std::memory_order_relaxed); }
   void wake() override;
   void signal_nmi() override;
@@ -270,7 +271,7 @@ class Vcpu final : public x86::Machine, public irqchip::ApicClient {
   bool msr_answered_ = false;  ///< kvm_run holds the client's answer for the RDMSR or WRMSR that starts again
   u32 msr_reason_ = 0;         ///< KVM_MSR_EXIT_REASON_* of the exit
   Gpa vapic_ = 0;              ///< KVM_SET_VAPIC_ADDR; 0: none
-  bool has_run_ = false;
+  std::atomic<bool> has_run_{false};
   Gpa refused_gpa_ = 0;                      ///< where the host last refused an access to guest memory
   bool check_state_ = true;                  ///< the client has set registers since the last entry
   bool tpr_lowered_ = false;                 ///< without a local APIC: KVM_EXIT_SET_TPR is due

@@ -43,6 +43,7 @@ const StatDescription vcpu_stats[] = {
     {"tlb_flush", counter},
     {"page_walks", counter},
     {"translations", counter},
+    {"native_stretches", counter},
 };
 
 StatsFile::~StatsFile() {

@@ -41,7 +41,8 @@ enum class VcpuStat : u8 {
   insn_emulation_fail,
   tlb_flush,
   page_walks,
-  translations,  ///< blocks that the translator has made
+  translations,      ///< blocks that the translator has made
+  native_stretches,  ///< of user code on the host CPU itself, between two stops
   count
 };
 extern const StatDescription vcpu_stats[unsigned(VcpuStat::count)];

@@ -7,8 +7,11 @@
 #include <cerrno>
 #include <string>
 
+#include "engine/engine.h"
 #include "irqchip/apic_bus.h"
 #include "irqchip/irqchip.h"
+#include "os/client_ram.h"
+#include "os/seccomp.h"
 #include "os/timer_queue.h"
 #include "os/tsc.h"
 #include "paravirt/clock.h"
@@ -42,11 +45,24 @@ int Vm::create(unsigned long type, std::shared_ptr<Vm>& out) {
 
 // --- memory -------------------------------------------------------------------------------------------------------
 
-int Vm::set_user_memory_region(const kvm_userspace_memory_region& region) { return memory_.set_region(region); }
+int Vm::set_user_memory_region(const kvm_userspace_memory_region& region) {
+  const int result = memory_.set_region(region);
+  if (result == 0 && region.memory_size && !(region.flags & KVM_MEM_READONLY)) offer_to_engine(region);
+  return result;
+}
+
+/// Other processes can map what is in a file.
+void Vm::offer_to_engine(const kvm_userspace_memory_region& region) {
+  engine::Kind kind{};
+  if (!engine::default_kind(kind) || kind != engine::Kind::direct || os::seccomp_filter_added()) return;
+  bool has_run = false;
+  for_each_vcpu([&](vcpu::Vcpu& vcpu) { has_run |= vcpu.has_run(); });
+  os::share_client_ram(reinterpret_cast<u8*>(region.userspace_addr), region.memory_size, has_run);
+}
 
 int Vm::set_user_memory_region2(const kvm_userspace_memory_region2& region) {
   // Without guest_memfd nothing but the flag for it tells the two apart, and that flag is refused.
-  return memory_.set_region(
+  return set_user_memory_region(
       {region.slot, region.flags, region.guest_phys_addr, region.memory_size, region.userspace_addr});
 }
 

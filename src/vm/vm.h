@@ -144,6 +144,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
     std::weak_ptr<vcpu::Vcpu> vcpu;  ///< the ID stays taken when the vCPU has gone
   };
   void flush_all_tlbs();
+  void offer_to_engine(const kvm_userspace_memory_region& region);
   irqchip::Pit* pit();
   void disable_quirks(u64 quirks);
   int enable_manual_dirty_log(u64 options);

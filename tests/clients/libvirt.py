@@ -117,7 +117,7 @@ class Console:
 
 def main():
     parser = harness.arguments(__doc__)
-    parser.add_argument("--engine", default="translate")
+    parser.add_argument("--engine", default="direct")
     options = parser.parse_args()
     harness.require_tool(options.anykvm)
     for program in ("libvirtd", "virsh", "qemu-system-x86_64", "setpriv"):

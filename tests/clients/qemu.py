@@ -27,7 +27,7 @@ def launcher(options):
 
 def main():
     parser = harness.arguments(__doc__)
-    parser.add_argument("--engine", default="translate")
+    parser.add_argument("--engine", default="direct")
     parser.add_argument("--watch", help="instead of `anykvm run`: LD_PRELOAD with tests/preload/run_path.c in front")
     parser.add_argument("--machine", default="q35")
     parser.add_argument("--cpu", default="host", help="CPU model")

@@ -358,13 +358,59 @@ def gdbstub(options, folder):
         machine.end()
 
 
-TESTS = [virtio, virtio_console, grub_virtio, grub_ide, ovmf, e1000, reset, stop, snapshot, migration, gdbstub]
+def descendants(pid):
+    """Processes that have been forked by one, or by those."""
+    parents = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":
+            parents[int(folder.name)] = int(parent)
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def user_code(options, folder):
+    """User code runs natively with the RAM that QEMU has by default, and translated where QEMU's sandbox lets it fork nothing; what has
+    been forked does not outlive a QEMU that is killed."""
+    line = [*accelerated(options), *direct(options, folder, COUNTER)]
+    line.insert(line.index("--"), "--stats")
+    with Machine(folder, "qemu", line) as machine:
+        count(machine, 0)
+        machine.command("quit")
+        machine.end()
+        machine.wait_for("guest RAM moved to files: 256 MiB")
+        machine.wait_for("native_stretches")
+    sandbox = ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    with Machine(folder, "sandboxed", [*line, *sandbox]) as machine:
+        count(machine, 0)
+        machine.command("quit")
+        machine.end()
+        machine.wait_for("user code is translated: a seccomp filter of the client's")
+        machine.check("native_stretches" not in machine.console and "RAM moved" not in machine.console, "it is not left alone")
+    with Machine(folder, "killed", line) as machine:
+        at = 0
+        while not (forked := descendants(machine.process.pid)):
+            at = machine.wait_for(" ok\n", at)
+        machine.process.kill()
+        machine.process.wait()
+        deadline = time.monotonic() + 10
+        while alive := forked & descendants(1):
+            harness.check(time.monotonic() < deadline, f"processes outlive QEMU: {alive}")
+            time.sleep(0.05)
+
+
+TESTS = [virtio, virtio_console, grub_virtio, grub_ide, ovmf, e1000, reset, stop, snapshot, migration, gdbstub, user_code]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--anykvm", required=True, type=pathlib.Path, help="the anykvm command under test")
-    parser.add_argument("--engine", default="translate")
+    parser.add_argument("--engine", default="direct")
     parser.add_argument("test", choices=[test.__name__ for test in TESTS])
     options = parser.parse_args()
     harness.require_tool(options.anykvm)

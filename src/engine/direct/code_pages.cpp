@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstring>
 #include <mutex>
+#include <type_traits>
 
 #include "engine/native/decoded.h"
 #include "engine/translate/shared_code.h"
@@ -124,10 +125,8 @@ class Proofs {
   std::atomic<unsigned> count_{0};
 };
 
-Proofs& proofs() {
-  static Proofs& all = *new Proofs;  // never destroyed: vCPUs may outlive static objects
-  return all;
-}
+constinit Proofs proofs;
+static_assert(std::is_trivially_destructible_v<Proofs>);  // vCPUs may outlive static objects
 
 }  // namespace
 
@@ -174,9 +173,9 @@ int CodePages::judge(const u8* host, Gva page, const KnownCode& known, bool hide
   const unsigned count = find_suspects(copy.original, hides_xsave, suspects, most_suspects);
   if (count > most_suspects) return unwanted;
   u64 patched = 0;
-  if (!translate::SharedCode::is_watched(u64(host)) || !proofs().find(copy.original, hides_xsave, patched)) {
+  if (!translate::SharedCode::is_watched(u64(host)) || !proofs.find(copy.original, hides_xsave, patched)) {
     if (!prove(copy, page, known, {suspects, count}, host_of, patched)) return unwanted;
-    proofs().add(copy.original, hides_xsave, patched);
+    proofs.add(copy.original, hides_xsave, patched);
   }
   u8* const runs = copies_ + count_ * page_size;
   std::memcpy(runs, copy.original, page_size);

@@ -5,10 +5,12 @@
 #include <x86intrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
 
+#include "os/seccomp.h"
 #include "os/tsc.h"
 #include "x86/xsave.h"
 
@@ -37,6 +39,8 @@ u64 host_xcr0() {
   return value;
 }
 
+std::atomic<const char*> in_the_way{nullptr};
+
 /// Where in gregset_t the guest's registers are, by their numbers.
 constexpr int greg_of[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                              REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
@@ -48,6 +52,8 @@ Direct::Direct(const KnownCode& known) : known_(known), eager_(std::getenv("ANYK
 }
 
 Direct::~Direct() { unbind(); }
+
+const char* Direct::obstacle() { return in_the_way; }
 
 void Direct::look_up(u64 number) {
   looked_up_ = number;
@@ -114,11 +120,15 @@ bool Direct::prepare(x86::Cpu& cpu) {
   ram_.find(cpu.machine);
   int files[GuestRam::most_parts + 1];
   const auto last = std::copy(ram_.files().begin(), ram_.files().end(), files);
-  works_ = last != files && code_.begin();
-  if (works_) {
-    *last = code_.fd();
-    works_ = zygote_.start({files, last + 1});
-  }
+  const char* why = nullptr;
+  if (os::seccomp_filter_added())
+    why = "a seccomp filter of the client's may forbid new processes";
+  else if (last == files)
+    why = "guest RAM is not in files";
+  else if (*last = code_.begin() ? code_.fd() : -1; *last < 0 || !zygote_.start({files, last + 1}))
+    why = "the host does not let it have its processes";
+  works_ = !why;
+  if (why) in_the_way = why;
   return works_;
 }
 
@@ -249,6 +259,7 @@ Direct::Next Direct::run(x86::Cpu& cpu) {
   for (;;) {
     bind();
     const u64 began = __rdtsc();
+    ++stretches_;
     running_->process.go();
     if (running_->process.wait(cpu.attention, cpu.immediate_exit) == HostProcess::Stop::gone) return lose(cpu);
     const ucontext_t* const context = running_->process.context();

@@ -48,6 +48,10 @@ class Direct {
   void forbid_stores(u64 page);
   /// The vCPU's thread may be elsewhere for a while.
   void rest() { unbind(); }
+  /// How often the guest's code has gone on natively.
+  u64 stretches() const { return stretches_; }
+  /// Why a vCPU of this process has no code run natively; nullptr: nothing is known to be in the way.
+  static const char* obstacle();
   /// A host fault has unwound run(): the state of the guest's code comes back.
   void abandon(x86::Cpu& cpu);
 
@@ -95,7 +99,7 @@ class Direct {
   Space* current_ = nullptr;  ///< of looked_up_; nullptr: it is not wanted
   Space* running_ = nullptr;
   u64 looked_up_ = 0;
-  u64 runs_ = 0;
+  u64 runs_ = 0, stretches_ = 0;
   // interrupted()
   u64 entries_ = 0, entries_seen_ = 0, last_seen_ = 0;
   /// A fault of the guest's.

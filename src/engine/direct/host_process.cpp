@@ -256,8 +256,6 @@ bool HostProcess::start(Zygote& zygote) {
   if (load(block().stops) == 1 && block().signal == SIGILL && block().error == 0 && pid_ > 0 && runner_ > 0 &&
       context())
     return true;
-  fprintf(stderr, "DX start: stops %u signal %u error %ld pid %d runner %d ctx %p\n", block().stops, block().signal,
-          (long)block().error, pid_, runner_, (void*)context());
   end();
   return false;
 }

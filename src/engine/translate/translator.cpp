@@ -22,6 +22,7 @@ namespace anykvm::engine {
 
 std::unique_ptr<Engine> make_translator(bool exact) { return std::make_unique<translate::Translator>(exact); }
 std::unique_ptr<Engine> make_direct() { return std::make_unique<translate::Translator>(false, true); }
+const char* direct_obstacle() { return direct::Direct::obstacle(); }
 
 namespace translate {
 
@@ -516,6 +517,8 @@ bool Translator::known_instructions(void* self, const u8* host, u64 (&begins)[pa
   cache.mark_instructions(*page, begins);
   return true;
 }
+
+u64 Translator::native_stretches() const { return direct_ ? direct_->stretches() : 0; }
 
 bool Translator::run_natively() {
   if (!direct_ || mode_.privilege != x86::Privilege::user || mode_.narrow || !translatable() || !direct_->wants(*cpu_))

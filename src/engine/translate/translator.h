@@ -31,6 +31,7 @@ class Translator final : public Engine {
 
   void abandon() override;
   u64 translations() const override { return translations_; }
+  u64 native_stretches() const override;
   void for_each_step(void (*f)(void* arg, const char* mnemonic, u64 count), void* arg) const override;
 
   Next step_in_block(u64 request);
