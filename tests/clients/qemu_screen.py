@@ -140,7 +140,7 @@ def log_in(options, folder):
 
 def main():
     parser = harness.arguments(__doc__)
-    parser.add_argument("--engine", default="translate")
+    parser.add_argument("--engine", default="direct")
     options = parser.parse_args()
     harness.require_tool(options.anykvm)
     qemu_machine.require()
