@@ -2,12 +2,13 @@
 PRESET ?= release
 BUILD = build/$(PRESET)
 
-.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-isa fuzz-ioctl fuzz-guest fuzz-loader tidy format clean packages guests programs selftests stress
+.PHONY: help run build test bench asan tsan fuzz fuzz-system fuzz-isa fuzz-ioctl fuzz-guest fuzz-loader tidy format clean packages guests programs debian clients selftests stress
 
 help:
 	@echo "make run      boot Debian's cloud kernel on the software engine, to a shell (without a terminal: report and power off)"
 	@echo "make test     build, then the unit and system tests"
 	@echo "make build    build/release/bin/anykvm, build/release/lib/libanykvm.so (PRESET=debug|asan|tsan for the others)"
+	@echo "make clients  set up Debian 12 on a disk and libguestfs, which takes minutes, and run the tests of all real clients"
 	@echo "make bench    measure workloads natively, here and in QEMU's TCG: one table (ROUNDS=1 ONLY=sieve,boot: a quick look)"
 	@echo "make asan     all tests under the address and undefined-behaviour sanitizers"
 	@echo "make tsan     the unit tests, and a boot on 4 CPUs, under the thread sanitizer"
@@ -33,6 +34,11 @@ programs:
 $(BUILD)/build.ninja: | packages
 	@cmake --preset $(PRESET)
 
+# Real clients that take minutes to set up; their tests are skipped where they are not.
+debian:
+	@scripts/setup debian libguestfs
+	@scripts/fetch-debian
+
 build: packages $(BUILD)/build.ninja
 	@cmake --build $(BUILD)
 
@@ -46,6 +52,10 @@ test: packages build guests programs
 	@scripts/setup test
 	@cmake --preset asan >/dev/null && cmake --build build/asan --target anykvm_tool
 	@ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $$(nproc)
+
+clients: build guests debian
+	@scripts/setup test
+	@ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $$(nproc) -L clients
 
 asan: packages guests programs
 	@$(MAKE) PRESET=asan build
