@@ -16,7 +16,7 @@ help:
 	@echo "make fuzz     fuzz the ioctls, guest code and the loader, FUZZ_TIME seconds each (fuzz-ioctl, fuzz-guest: one of them)"
 	@echo "make fuzz-system  system instructions and modes against QEMU's TCG (SEED, ROUNDS)"
 	@echo "make fuzz-isa  every instruction form against the host CPU (COUNT instances a mode, SEED)"
-	@echo "make stress   Linux 6.1 and 6.12 on 4 CPUs under load: tracers, probes, modules, forks, little memory, LuaJIT, stress-ng"
+	@echo "make stress   Linux 6.1 and 6.12 on 4 CPUs under load: tracers, probes, modules, forks, little memory, LuaJIT, stress-ng; 200 resets"
 	@echo "make tidy     clang-tidy over the sources"
 	@echo "make format   clang-format over the sources"
 	@echo "make clean    remove build/ (cache/, the fetched guests, stays)"
@@ -61,8 +61,10 @@ asan: packages guests programs
 	@$(MAKE) PRESET=asan build
 	@ctest --test-dir build/asan --output-on-failure --no-tests=error -j $$(nproc)
 
-# The long form of `ctest -L stress`, with the parts that are too slow there; it takes hours.
+# The long form of `ctest -L stress` and of QEMU's resets, with the parts that are too slow there; it takes hours.
 stress: build guests programs
+	@scripts/setup test
+	@python3 tests/clients/qemu_features.py --anykvm $(BUILD)/bin/anykvm --resets 200 reset
 	@for guest in 6.1 6.12; do \
 	  for part in ftrace:1000 patching:1000 modules:500 forks:5000 reclaim:300; do \
 	    python3 tests/system/stress.py --anykvm $(BUILD)/bin/anykvm --guest $$guest --timeout 14400 \

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -84,6 +85,9 @@ class Machine:
     def type(self, text):
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
+        # Where a driver has tested the serial port by its loopback, QEMU looks at its input again only when it wakes up for
+        # something else.
+        self.command("query-version")
 
     def command(self, name, **arguments):
         """A monitor command's return value. Events that come meanwhile are kept."""
@@ -119,10 +123,13 @@ class Machine:
         return found
 
     def resources(self):
-        """How many descriptors and threads QEMU has, without the three descriptors of each vCPU that has run user code natively."""
+        """How many descriptors and threads QEMU has, without the three descriptors of each vCPU that has run user code natively; how
+        many MiB are resident."""
         names = self.descriptors()
         natives = sum("anykvm user code" in name for name in names), sum("anykvm code" in name for name in names)
-        return [len(names) - 2 * natives[0] - natives[1], len(os.listdir(f"/proc/{self.process.pid}/task"))]
+        folder = pathlib.Path(f"/proc/{self.process.pid}")
+        resident = re.search(r"VmRSS:\s+(\d+) kB", (folder / "status").read_text())
+        return len(names) - 2 * natives[0] - natives[1], len(os.listdir(folder / "task")), int(resident[1]) >> 10
 
     def end(self, seconds=280):
         """Waits until QEMU ends by itself."""
