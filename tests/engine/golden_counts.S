@@ -88,6 +88,8 @@ user     8, "lock cmpxchg [rbx], rcx"
 user     8, "xchg [rbx], rax"
 user    23, "bts [rbx], rax"
 user     0, "prefetcht0 [rbx]"
+user    16, "stosq"
+user    16, "scasb"
 
 # The stack
 user     9, "push rax"
@@ -129,8 +131,8 @@ user    27, "ret"
 # Strings
 user     2, "rep movsb"
 user     2, "rep stosq"
-user     2, "movsq"
-user     2, "lodsb"
+user    27, "movsq"
+user    16, "lodsb"
 
 # Vectors, x87
 user     1, "paddd xmm0, xmm1"

@@ -119,8 +119,8 @@ bool Lockstep::run_stretch() {
 
 u32 Lockstep::rehearse_stretch() {
   const u32 count = rehearse(most_instructions, enough);
-  if (count < most_instructions) return count;
-  // No backward jump came in time: as far as the last one.
+  if (count < most_instructions && !reference_->end_rehearsal) return count;
+  // No backward jump came in time, or nothing at which translated code leaves: as far as the last one.
   for (u32 n = count; n > 0; --n)
     if (boundaries_[n].back) return rehearse(n);
   return 0;

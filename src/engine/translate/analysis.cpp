@@ -169,6 +169,16 @@ bool registers_fit(const GuestInstruction& g) {
   return spilled <= 1 || (spilled == 2 && (!g.has_memory || std::popcount(needed >> 13) <= 1));
 }
 
+/// Of one element or more, and both segments without a base or a limit.
+bool is_plain_string(const Decoded& d, CodeKind code) {
+  return d.instruction.meta.category == ZYDIS_CATEGORY_STRINGOP && d.instruction.address_width == code.bits() &&
+         source_segment(d) < x86::fs && (!code.narrow || source_segment(d) != x86::cs);
+}
+
+bool is_repeated(const ZydisDecodedInstruction& i) {
+  return i.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE);
+}
+
 Kind kind_of(const Decoded& d, const u8* bytes, CodeKind code, u8& vectors) {
   const bool supervisor = code.supervisor;
   const ZydisDecodedInstruction& i = d.instruction;
@@ -239,6 +249,9 @@ Kind kind_of(const Decoded& d, const u8* bytes, CodeKind code, u8& vectors) {
       const bool on_rcx = d.mnemonic() == (code.narrow ? ZYDIS_MNEMONIC_JECXZ : ZYDIS_MNEMONIC_JRCXZ);
       return is_short || is_long || on_rcx ? Kind::jump_if : Kind::step_and_end;
     }
+    case ZYDIS_CATEGORY_STRINGOP:
+      if (is_plain_string(d, code) && !is_repeated(i)) return Kind::string;
+      break;
     default: break;
   }
   const bool encodable = i.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ||
@@ -276,9 +289,7 @@ bool is_quick(const Decoded& d, CodeKind code) {
     case ZYDIS_MNEMONIC_STOSB:
     case ZYDIS_MNEMONIC_STOSW:
     case ZYDIS_MNEMONIC_STOSD:
-    case ZYDIS_MNEMONIC_STOSQ:
-      return d.instruction.meta.category == ZYDIS_CATEGORY_STRINGOP && d.instruction.address_width == code.bits() &&
-             source_segment(d) < x86::fs && (!code.narrow || source_segment(d) != x86::cs);
+    case ZYDIS_MNEMONIC_STOSQ: return is_plain_string(d, code);
     default: return false;
   }
 }
@@ -455,7 +466,7 @@ void analyse(const Decoded& d, const u8* bytes, CodeKind code, GuestInstruction&
   if (out.what.kind == Kind::native && out.width == 8 && general_register(d.operands[0]) >= 0 && d.is_immediate(1))
     out.adds = d.mnemonic() == ZYDIS_MNEMONIC_ADD ? 1 : d.mnemonic() == ZYDIS_MNEMONIC_SUB ? -1 : 0;
   out.is_quick = is_quick(d, code);
-  out.is_repeated = i.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE);
+  out.is_repeated = is_repeated(i);
   out.is_locked = i.attributes & ZYDIS_ATTRIB_HAS_LOCK;
   out.is_repeatable = is_repeatable(d);
   out.sees_x87 = sees_x87(d);

@@ -23,6 +23,7 @@ enum class Kind : u8 {
   push_flags,
   move_from_segment,
   bit_string,     ///< BT, BTS, BTR, BTC of a bit that a register numbers, in memory
+  string,         ///< MOVS, STOS, LODS, SCAS, CMPS of one element
   clear_flag,     ///< CLI, CLD
   set_interrupt,  ///< STI
   swap_gs,

@@ -413,6 +413,7 @@ void Translation::emit(unsigned n) {
     case Kind::push_flags: emit_push_flags(g, n); break;
     case Kind::move_from_segment: emit_move_from_segment(g); break;
     case Kind::bit_string: emit_bit_string(g, n); break;
+    case Kind::string: emit_string(g, n); break;
     case Kind::clear_flag: emit_clear_flag(g); break;
     case Kind::set_interrupt: emit_set_interrupt(n); break;
     case Kind::swap_gs: emit_swap_gs(); break;

@@ -90,7 +90,7 @@ struct Context {
   u8* data_privilege;           ///< Cpu's
   u8* mode;                     ///< the translator's Mode, whose first byte is the privilege
   u64 cleared[3];               ///< masks for PEXT and PDEP that leave one flag out: IF, DF, AC
-  u64 arithmetic_flags, interrupt_flag;
+  u64 arithmetic_flags, interrupt_flag, direction_flag;
   u64 tlb_index_bits, page_number_bits, jump_index_bits, low_bits[2];  ///< masks for PEXT; low_bits: 0x1f, 0x3f
   u64 host_stack;
   u64 link_site;  ///< the jump that led out of the code and may be aimed at the next block; 0: none

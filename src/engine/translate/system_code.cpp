@@ -88,6 +88,54 @@ void Translation::emit_bit_string(const Guest& g, unsigned n) {
   a_.bytes(0x45 | (bytes == 8 ? 8 : 0), 0x0f, g.opcode, (index_scratch & 7) << 3 | (address_scratch & 7));
 }
 
+/// Upwards; the other direction is a step.
+void Translation::emit_string(const Guest& g, unsigned n) {
+  a_.store(temporary, rcx);
+  a_.load(index_scratch, at_state);
+  a_.load_from(index_scratch, index_scratch, other_flags_at);
+  a_.extract_bits(rcx, index_scratch, offsetof(Context, direction_flag));
+  u8* const upwards = a_.jump_if_rcx_zero_later();
+  step_restoring_rcx(n);
+  a_.aim_short(upwards);
+  a_.load(rcx, temporary);
+  const unsigned bytes = g.width, operation = g.opcode & ~1u;
+  const auto advance = [&](Register reg) { a_.lea(reg, reg, -1, 0, s32(bytes), wide()); };
+  // The opcode's form of this size, between the register and what the address scratch register points at.
+  const auto access = [&](u8 opcode, Register reg) {
+    if (bytes == 2) a_.byte(0x66);
+    a_.bytes(0x41 | (bytes == 8 ? 8 : 0) | (reg >> 3) << 2, opcode | (bytes > 1 ? 1 : 0),
+             (reg & 7) << 3 | (address_scratch & 7));
+  };
+  constexpr u8 store = 0x88, load = 0x8a, compare = 0x3a;
+  // One operand is in RAX, or both are in memory.
+  switch (operation) {
+    case 0xaa:  // STOS
+      check({.base = x86::rdi}, bytes, true, n, g.flags_live);
+      access(store, rax);
+      break;
+    case 0xac:  // LODS
+      check({.base = x86::rsi}, bytes, false, n, g.flags_live);
+      access(load, rax);
+      break;
+    case 0xae:  // SCAS
+      check({.base = x86::rdi}, bytes, false, n, g.flags_live);
+      access(compare, rax);
+      break;
+    default: {  // MOVS A4, CMPS A6
+      const bool moves = operation == 0xa4;
+      check({.base = x86::rsi}, bytes, false, n, g.flags_live);
+      access(load, index_scratch);
+      a_.store(target, index_scratch);
+      check({.base = x86::rdi}, bytes, moves, n, g.flags_live);
+      a_.load(index_scratch, target);
+      access(moves ? store : compare, index_scratch);
+      break;
+    }
+  }
+  if (operation != 0xaa && operation != 0xae) advance(x86::rsi);
+  if (operation != 0xac) advance(x86::rdi);
+}
+
 void Translation::emit_clear_flag(const Guest& g) {
   const u32 others = offsetof(Context, cleared) + (g.mnemonic == ZYDIS_MNEMONIC_CLD ? 8 : 0);
   a_.load(index_scratch, at_state);

@@ -73,6 +73,7 @@ class Translation {
   void emit_push_flags(const Guest& g, unsigned n);
   void emit_move_from_segment(const Guest& g);
   void emit_bit_string(const Guest& g, unsigned n);
+  void emit_string(const Guest& g, unsigned n);
   void emit_clear_flag(const Guest& g);
   void emit_set_interrupt(unsigned n);
   void emit_swap_gs();

@@ -85,6 +85,7 @@ Translator::Translator(bool exact, bool direct)
   context_->mode = reinterpret_cast<u8*>(&mode_);
   context_->arithmetic_flags = x86::flag::arithmetic;
   context_->interrupt_flag = x86::flag::if_;
+  context_->direction_flag = x86::flag::df;
   for (unsigned n = 0; n < 2; ++n) context_->low_bits[n] = (32u << n) - 1;
   // Zeroed memory is an empty table but for the slots that page 0 and RIP 0 and their neighbours would match.
   for (auto& table : context_->tlb)
