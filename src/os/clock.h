@@ -1,4 +1,4 @@
-// The host's monotonic clock, in which every timer of a machine is kept.
+// The host's monotonic clock, in which every timer of a machine is kept, and that of a thread's CPU time.
 #pragma once
 
 #include <ctime>
@@ -11,6 +11,13 @@ namespace anykvm::os {
 inline u64 monotonic_ns() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<u64>(now.tv_sec) * 1'000'000'000 + static_cast<u64>(now.tv_nsec);
+}
+
+/// CPU time that this thread has had, in nanoseconds. A system call.
+inline u64 thread_cpu_ns() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
   return static_cast<u64>(now.tv_sec) * 1'000'000'000 + static_cast<u64>(now.tv_nsec);
 }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <utility>
 
+#include "os/clock.h"
 #include "os/seccomp.h"
 #include "os/tsc.h"
 #include "x86/xsave.h"
@@ -80,21 +81,22 @@ bool Direct::suits(const x86::Cpu& cpu) const {
 }
 
 void Direct::interrupted(x86::Cpu& cpu) {
-  const u64 now = __rdtsc(), ticks = now - std::exchange(last_seen_, now);
+  // CPU time, as in note_stop().
+  const u64 now = os::thread_cpu_ns(), ns = now - std::exchange(last_seen_, now);
   const u64 entries = entries_ - std::exchange(entries_seen_, entries_);
-  if (!works_ || ticks < ticks_of_us(300)) return;
+  if (!works_ || ns < 300'000) return;
   // Some milliseconds, once: rather now than when it is to make something fast.
   if (!zygote_.running() && suits(cpu) && !prepare(cpu)) return;
   if (current_ && looked_up_ == space_of(cpu)) return;
   Candidate& seen = candidate(space_of(cpu));
   // Translated code takes some four times as long.
-  constexpr u64 long_enough_us = 30;
+  constexpr u64 long_enough_ns = 30'000;
   constexpr u32 enough_hits = 2;
-  if (entries * ticks_of_us(long_enough_us) > ticks || !suits(cpu)) {
+  if (entries * long_enough_ns > ns || !suits(cpu)) {
     seen.hits = 0;
     return;
   }
-  if (++seen.hits < enough_hits || now < seen.not_before) return;
+  if (++seen.hits < enough_hits || __rdtsc() < seen.not_before) return;
   take(cpu);
 }
 
@@ -145,6 +147,8 @@ Direct::Space* Direct::make_space(x86::Cpu& cpu, u64 number) {
   }
   space.number = number;
   space.placed = false;
+  space.exits = space.faults = 0;
+  space.judged_at = space.process.cpu_ns();
   space.mirror.begin(space.process, ram_, code_, (cpu.state.xcr0 ^ host_xcr0()) != 0);
   return &space;
 }
@@ -225,14 +229,15 @@ void Direct::forbid_stores(u64 page) {
     if (space->number) space->mirror.forbid_stores(page);
 }
 
-void Direct::note_stretch(u64 ticks, bool mapped) {
+/// CPU time is judged, not how long it took: where other work shares the CPUs, every stretch takes long.
+void Direct::note_stop(Space& space, bool mapped) {
   constexpr u32 most_exits = 64, most_faults = 2048;
-  constexpr u64 least_us = 12;  // with the way there and back
-  ticks_ += ticks;
-  (mapped ? faults_ : exits_) += 1;
-  if (exits_ < most_exits && faults_ < most_faults) return;
-  const bool pays = ticks_ >= ticks_of_us(least_us) * (exits_ + faults_);
-  ticks_ = exits_ = faults_ = 0;
+  constexpr u64 least_ns = 14'000;  // 6 to 9 of which are for the stop itself
+  (mapped ? space.faults : space.exits) += 1;
+  if (space.exits < most_exits && space.faults < most_faults) return;
+  const u64 now = space.process.cpu_ns(), used = now - std::exchange(space.judged_at, now);
+  const bool pays = used >= least_ns * (space.exits + space.faults);
+  space.exits = space.faults = 0;
   if (pays || eager_)
     candidate(looked_up_).rests = 0;
   else
@@ -258,7 +263,6 @@ Direct::Next Direct::run(x86::Cpu& cpu) {
   if (!load(cpu)) return lose(cpu);
   for (;;) {
     bind();
-    const u64 began = __rdtsc();
     ++stretches_;
     running_->process.go();
     if (running_->process.wait(cpu.attention, cpu.immediate_exit) == HostProcess::Stop::gone) return lose(cpu);
@@ -267,7 +271,6 @@ Direct::Next Direct::run(x86::Cpu& cpu) {
     const greg_t* const registers = context->uc_mcontext.gregs;
     const int signal = int(running_->process.signal());
     const u64 trap = u64(registers[REG_TRAPNO]);
-    const u64 ticks = __rdtsc() - began;
     Next next = Next::step;
     if (signal == HostProcess::kick_signal) {
       next = Next::decide;
@@ -278,7 +281,7 @@ Direct::Next Direct::run(x86::Cpu& cpu) {
                                                    : x86::Access::read;
       const Mirror::Fault fault = running_->mirror.resolve(cpu, u64(registers[REG_CR2]), access, known_);
       if (fault == Mirror::Fault::mapped) {
-        note_stretch(ticks, true);
+        note_stop(*running_, true);
         if (current_ && !cpu.attention.load(std::memory_order_relaxed)) continue;
         next = Next::decide;
       } else if (fault == Mirror::Fault::guests) {
@@ -290,7 +293,7 @@ Direct::Next Direct::run(x86::Cpu& cpu) {
     }
     if (!store(cpu)) return lose(cpu);
     if (next == Next::step) {
-      note_stretch(ticks, false);
+      note_stop(*running_, false);
       rewind(cpu, signal, trap);
     }
     running_ = nullptr;

@@ -62,6 +62,9 @@ class Direct {
     Mirror mirror;
     u64 used = 0;         ///< when it ran last, in runs
     bool placed = false;  ///< the host's scheduler has chosen a CPU for it
+    // Since it was judged last whether it pays: CPU time of the process then, and stops.
+    u64 judged_at = 0;
+    u32 exits = 0, faults = 0;
   };
   /// What is known of an address space that is seen in user code.
   struct Candidate {
@@ -83,7 +86,7 @@ class Direct {
   bool store(x86::Cpu& cpu) const;
   Next lose(x86::Cpu& cpu);
   void rewind(x86::Cpu& cpu, int signal, u64 trap) const;
-  void note_stretch(u64 ticks, bool mapped);
+  void note_stop(Space& space, bool mapped);
   void bind();
   void unbind();
 
@@ -108,9 +111,6 @@ class Direct {
     Gva address = 0;
     x86::Access access{};
   } fault_;
-  // How long the guest's code runs between stops, since that was judged last.
-  u64 ticks_ = 0;
-  u32 exits_ = 0, faults_ = 0;
   // The thread's CPU.
   cpu_set_t cpus_;
   int bound_to_ = -1;

@@ -346,6 +346,13 @@ std::span<u8> HostProcess::xsave_image(const ucontext_t& context) const {
   return {image, size};
 }
 
+u64 HostProcess::cpu_ns() const {
+  clockid_t clock;
+  timespec time{};
+  if (clock_getcpuclockid(pid_, &clock) != 0 || clock_gettime(clock, &time) != 0) return 0;
+  return u64(time.tv_sec) * 1'000'000'000 + u64(time.tv_nsec);
+}
+
 void HostProcess::bind(int cpu) {
   if (cpu == std::exchange(cpu_, cpu) || cpu < 0) return;
   cpu_set_t set;

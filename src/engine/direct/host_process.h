@@ -88,6 +88,7 @@ class HostProcess {
   /// bytes; empty: as above.
   std::span<u8> xsave_image(const ucontext_t& context) const;
   int cpu() const { return int(block().cpu % CPU_SETSIZE); }  ///< that the guest's code was on
+  u64 cpu_ns() const;                                         ///< CPU time that it has had
   u64 call_address() const { return block().call_address; }
   u64& fs_base() const { return block().fs_base; }
   u64& gs_base() const { return block().gs_base; }
