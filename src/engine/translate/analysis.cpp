@@ -463,7 +463,8 @@ void analyse(const Decoded& d, const u8* bytes, CodeKind code, GuestInstruction&
   }
   out.has_immediate = d.is_immediate(0) && d.operands[0].visibility == ZYDIS_OPERAND_VISIBILITY_EXPLICIT;
   out.count_mask = count_mask(d);
-  if (out.what.kind == Kind::native && out.width == 8 && general_register(d.operands[0]) >= 0 && d.is_immediate(1))
+  if (out.what.kind == Kind::native && out.width * 8 == code.bits() && general_register(d.operands[0]) >= 0 &&
+      d.is_immediate(1))
     out.adds = d.mnemonic() == ZYDIS_MNEMONIC_ADD ? 1 : d.mnemonic() == ZYDIS_MNEMONIC_SUB ? -1 : 0;
   out.is_quick = is_quick(d, code);
   out.is_repeated = is_repeated(i);

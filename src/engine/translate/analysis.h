@@ -104,7 +104,7 @@ struct GuestInstruction {
   bool has_memory;     ///< an operand that ModRM.rm names; LEA's, too
   bool has_immediate;  ///< as operand 0 or 1
   u8 count_mask;       ///< a shift or rotate by an immediate: which bits of it count; else 0
-  s8 adds;             ///< 1 or -1: ADDs or SUBs its immediate to or from a register of 64 bits
+  s8 adds;             ///< 1 or -1: ADDs or SUBs its immediate to or from a whole register
   bool is_quick;       ///< Translator::quick_step() may know it
   bool is_repeated;    ///< it has a REP prefix
   bool is_locked;

@@ -69,6 +69,10 @@ class Assembler {
     bytes(rex(1, 0, 0, reg), 0x81, 0xf8 | (reg & 7));
     dword(u32(value));
   }
+  void compare32_immediate(Register reg, u32 value) {
+    bytes(rex(0, 0, 0, reg), 0x81, 0xf8 | (reg & 7));
+    dword(value);
+  }
   void test_byte_immediate(Register reg, u8 value) { bytes(rex(0, 0, 0, reg), 0xf6, 0xc0 | (reg & 7), value); }
 
   /// lea to, [base + index * 2^shift + displacement]; flags stay. index < 0: none. base < 0: none.

@@ -123,7 +123,7 @@ void Translation::collect() {
     g.flags_live = live != 0 || request_.exact_flags;
     g.operand_window = g.stack_window = -1;
   }
-  if (!request_.single_checks && wide()) plan_windows();
+  if (!request_.single_checks) plan_windows();
 }
 
 /// Has the jump at site go to the step of instruction n.
@@ -495,12 +495,14 @@ void Translation::emit_cold(const Cold& cold) {
       }
       refill(cold);
       if (crosses) a_.aim_short(crosses);
+      [[fallthrough]];
+    }
+    case Cold::Kind::singly:
       // The same place with single checks.
       a_.aim(a_.jump_later());
       a_.call(request_.stubs->check_singly[request_.mode.vectors]);
       a_.word(guests_[cold.guest].offset);
       break;
-    }
     case Cold::Kind::refill: refill(cold); [[fallthrough]];
     case Cold::Kind::step: emit_cold_step(cold.guest); break;
     case Cold::Kind::link:

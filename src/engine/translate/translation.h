@@ -41,7 +41,7 @@ class Translation {
     bool computed = false;  ///< it is in Context::target
   };
   struct Cold {
-    enum class Kind : u8 { refill, window, step, link, back_edge, load_x87, crossing, chain, indirect } kind;
+    enum class Kind : u8 { refill, window, singly, step, link, back_edge, load_x87, crossing, chain, indirect } kind;
     bool restores_rcx;  ///< from Context::temporary
     bool pops_rcx;
     u8 size;  ///< of a look into the TLB

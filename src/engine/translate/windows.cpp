@@ -7,6 +7,9 @@
 //
 // Where the range cannot be had as a whole (it crosses pages, or one of the accesses is not allowed, or is a device's),
 // the block is left for one whose accesses are checked singly: that one finds out which instruction faults.
+//
+// In 32-bit code the register must be so far from both ends of 4 GiB that nothing in the block wraps: what is emitted
+// adds in 64 bits.
 #include <algorithm>
 
 #include "engine/translate/translation.h"
@@ -17,6 +20,11 @@ namespace {
 
 /// The wider a window, the more often it crosses pages.
 constexpr s32 widest = 192;
+/// The most that a known change is.
+constexpr s32 most_change = 4096;
+/// More than all changes of a block and a displacement together.
+constexpr u32 out_of_reach = 2u << 20;
+static_assert(most_instructions * most_change + 0x8000 < out_of_reach);
 
 struct Access {
   int base = -1;  ///< guest register; -1: none that a window could have
@@ -25,9 +33,9 @@ struct Access {
   bool write = false;
 };
 
-Access operand_access(const Guest& g) {
+Access operand_access(const Guest& g, s32 word) {
   switch (g.what.kind) {
-    case Kind::leave: return {.base = x86::rbp, .size = 8};
+    case Kind::leave: return {.base = x86::rbp, .size = unsigned(word)};
     case Kind::native:
     case Kind::push_memory:
     case Kind::jump_indirect:
@@ -42,15 +50,15 @@ Access operand_access(const Guest& g) {
       .base = operand.base, .displacement = operand.displacement, .size = operand.bytes, .write = operand.is_written};
 }
 
-Access stack_access(const Guest& g) {
+Access stack_access(const Guest& g, s32 word) {
   switch (g.what.kind) {
     case Kind::push:
     case Kind::push_memory:
     case Kind::push_flags:
     case Kind::call:
-    case Kind::call_indirect: return {.base = x86::rsp, .displacement = -8, .size = 8, .write = true};
+    case Kind::call_indirect: return {.base = x86::rsp, .displacement = -word, .size = unsigned(word), .write = true};
     case Kind::pop:
-    case Kind::ret: return {.base = x86::rsp, .size = 8};
+    case Kind::ret: return {.base = x86::rsp, .size = unsigned(word)};
     default: return {};
   }
 }
@@ -73,18 +81,21 @@ bool keeps_windows(Kind kind) {
 }
 
 /// By how much the instruction changes the register, which is among those that it writes. false: nobody knows.
-bool change_of(const Guest& g, int reg, s32& change) {
+bool change_of(const Guest& g, int reg, s32 word, s32& change) {
   switch (g.what.kind) {
     case Kind::push:
     case Kind::push_memory:
-    case Kind::push_flags: change = -8; return true;
-    case Kind::pop: change = 8; return reg == x86::rsp && g.registers[0].number != x86::rsp;
-    case Kind::lea: change = g.memory.displacement; return g.width == 8 && g.memory.index < 0 && g.memory.base == reg;
+    case Kind::push_flags: change = -word; return true;
+    case Kind::pop: change = word; return reg == x86::rsp && g.registers[0].number != x86::rsp;
+    case Kind::lea:
+      change = g.memory.displacement;
+      return g.width == word && g.memory.index < 0 && g.memory.base == reg &&
+             (word == 8 || (change >= -most_change && change <= most_change));
     case Kind::native: break;
     default: return false;
   }
   change = g.adds * g.immediate;
-  return g.adds && g.immediate >= -4096 && g.immediate <= 4096;
+  return g.adds && g.immediate >= -most_change && g.immediate <= most_change;
 }
 
 }  // namespace
@@ -127,8 +138,9 @@ void Translation::plan_windows() {
     }
     if (track.window < 0) {
       if (window_total_ == window_count) return;
-      track.window = int(window_total_++);
       note_dead(track);
+      if (!wide() && guests_[n].flags_live && track.dead_at < 0) return;
+      track.window = int(window_total_++);
       const bool hoisted = guests_[n].flags_live && track.dead_at >= 0;
       growing[track.window] = {hoisted ? track.dead_moved : track.moved, 0, hoisted};
       const s32 low = low_in(track.window);
@@ -150,8 +162,8 @@ void Translation::plan_windows() {
   for (unsigned n = 0; n < count_; ++n) {
     Guest& g = guests_[n];
     if (!g.flags_live) dead_at = int(n);
-    take(operand_access(g), n, g.operand_window);
-    take(stack_access(g), n, g.stack_window);
+    take(operand_access(g, word()), n, g.operand_window);
+    take(stack_access(g, word()), n, g.stack_window);
     if (!keeps_windows(g.what.kind)) {
       std::fill(std::begin(tracks), std::end(tracks), Track{.since = int(n) + 1});
       continue;
@@ -162,7 +174,7 @@ void Translation::plan_windows() {
       if (!operand.is_written || seen >> reg & 1) continue;
       seen |= 1u << reg;
       Track& track = tracks[reg];
-      if (s32 change; !change_of(g, int(reg), change)) {
+      if (s32 change; !change_of(g, int(reg), word(), change)) {
         track = {.since = int(n) + 1};
       } else {
         note_dead(track);
@@ -182,6 +194,11 @@ void Translation::plan_windows() {
 void Translation::check_window(unsigned number) {
   const Window& window = windows_[number];
   const bool flags_live = guests_[window.at].flags_live;
+  if (!wide()) {
+    a_.lea(index_scratch, home(unsigned(window.base)), -1, 0, -s32(out_of_reach), false);
+    a_.compare32_immediate(index_scratch, -2 * out_of_reach);
+    add_cold({.kind = Cold::Kind::singly, .site = a_.jump_if_later(3), .guest = window.at});  // jae
+  }
   check_tag({.base = window.base, .displacement = window.low}, unsigned(window.high - window.low), window.write,
             window.at, flags_live, Cold::Kind::window);
   a_.load(address_scratch, tlb(offsetof(TlbEntry, addend)), index_scratch, flags_live ? 3 : 0);
