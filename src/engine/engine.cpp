@@ -51,11 +51,11 @@ bool default_kind(Kind& kind, const char** invalid) {
 
 void set_default_kind(Kind kind) { chosen.store(int(kind), std::memory_order_relaxed); }
 
-std::unique_ptr<Engine> make(Kind kind) {
+std::unique_ptr<Engine> make(Kind kind, CodeMemory* memory) {
   switch (kind) {
-    case Kind::translate: return make_translator();
-    case Kind::translate_exact: return make_translator(true);
-    case Kind::direct: return make_direct();
+    case Kind::translate: return make_translator(false, memory);
+    case Kind::translate_exact: return make_translator(true, memory);
+    case Kind::direct: return make_direct(memory);
     case Kind::lockstep: return make_lockstep();
     default: return make_interpreter();
   }

@@ -8,6 +8,8 @@
 
 namespace anykvm::engine {
 
+class CodeMemory;
+
 /// One engine per vCPU. It runs on the thread that calls run(), allocates nothing there and takes no lock.
 class Engine {
  public:
@@ -47,10 +49,11 @@ class Engine {
 std::unique_ptr<Engine> make_interpreter();
 /// exact: arithmetic flags that are overwritten before anything reads them are kept all the same, so that exceptions
 /// and exits show them; slower.
-std::unique_ptr<Engine> make_translator(bool exact = false);
+/// memory: for translations, shared by the vCPUs of a virtual machine, and outlives the engine; nullptr: its own.
+std::unique_ptr<Engine> make_translator(bool exact = false, CodeMemory* memory = nullptr);
 /// The translator; and where guest RAM is shared memory of files, user code that runs for long runs on the host CPU
 /// itself, in processes of its own.
-std::unique_ptr<Engine> make_direct();
+std::unique_ptr<Engine> make_direct(CodeMemory* memory = nullptr);
 /// Why such an engine of this process has nothing run on the host CPU; nullptr: nothing is known to be in the way.
 const char* direct_obstacle();
 std::unique_ptr<Engine> make_lockstep();
@@ -69,6 +72,6 @@ const char* name_of(Kind kind);
 /// environment variable ANYKVM_ENGINE names; false: it names none (the variable's value is in `invalid`).
 bool default_kind(Kind& kind, const char** invalid = nullptr);
 void set_default_kind(Kind kind);
-std::unique_ptr<Engine> make(Kind kind);
+std::unique_ptr<Engine> make(Kind kind, CodeMemory* memory = nullptr);
 
 }  // namespace anykvm::engine

@@ -30,7 +30,7 @@ Vcpu::Vcpu(std::shared_ptr<vm::Vm> vm, u32 id, kvm_run* run)
   cpu_.pio_data = reinterpret_cast<u8*>(run_) + page_size;
   engine::Kind kind = engine::Kind::interpret;
   (void)engine::default_kind(kind);  // opening the system has checked it
-  engine_ = engine::make(kind);
+  engine_ = engine::make(kind, &vm_->code_memory());
   os::install_fault_handlers();
 }
 

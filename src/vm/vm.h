@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "anykvm/kvm.h"
+#include "engine/code_memory.h"
 #include "vm/memory_slots.h"
 #include "vm/stats.h"
 #include "x86/types.h"
@@ -108,6 +109,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
 
   // --- for the vCPUs --------------------------------------------------------------------------------------------
   MemorySlots& memory() { return memory_; }
+  engine::CodeMemory& code_memory() { return code_memory_; }
   IoEventFds& ioeventfds() { return *ioeventfds_; }
   irqchip::IrqChips* chips() { return chips_published_.load(std::memory_order_acquire); }  ///< nullptr: no irqchip
   irqchip::ApicBus& apic_bus() { return *apic_bus_; }
@@ -154,6 +156,7 @@ class Vm : public std::enable_shared_from_this<Vm> {
 
   std::mutex mutex_;  ///< vCPU creation, chips, capabilities
   MemorySlots memory_;
+  engine::CodeMemory code_memory_;
   std::unique_ptr<os::TimerQueue> timers_;
   std::unique_ptr<paravirt::VmClock> clock_;
   std::unique_ptr<irqchip::ApicBus> apic_bus_;

@@ -96,7 +96,8 @@ class Translated {
   }
 
   std::vector<u8> page_;
-  CodeCache cache_;
+  CodeMemory memory_;
+  CodeCache cache_{memory_};
   Decoder decoder_;
   std::string listing_;
   unsigned count_ = 0;

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -20,8 +19,12 @@
 
 namespace anykvm::engine {
 
-std::unique_ptr<Engine> make_translator(bool exact) { return std::make_unique<translate::Translator>(exact); }
-std::unique_ptr<Engine> make_direct() { return std::make_unique<translate::Translator>(false, true); }
+std::unique_ptr<Engine> make_translator(bool exact, CodeMemory* memory) {
+  return std::make_unique<translate::Translator>(exact, false, memory);
+}
+std::unique_ptr<Engine> make_direct(CodeMemory* memory) {
+  return std::make_unique<translate::Translator>(false, true, memory);
+}
 const char* direct_obstacle() { return direct::Direct::obstacle(); }
 
 namespace translate {
@@ -50,28 +53,21 @@ void set_gs_base(u64 base) {
     syscall(SYS_arch_prctl, ARCH_SET_GS, base);
 }
 
-/// Of code, for each vCPU: as many MiB as ANYKVM_CODE_CACHE says.
-std::size_t wanted_code_bytes() {
-  const char* wish = std::getenv("ANYKVM_CODE_CACHE");
-  const unsigned long mib = wish ? std::strtoul(wish, nullptr, 10) : 0;
-  return mib ? std::min(mib, CodeCache::most_bytes >> 20) << 20 : CodeCache::default_bytes;
-}
-
 }  // namespace
 
 Next step_function(Context* context, u64 request) {
   return static_cast<Translator*>(context->translator)->step_in_block(request);
 }
 
-Translator::Translator(bool exact, bool direct)
+Translator::Translator(bool exact, bool direct, CodeMemory* memory)
     : exact_(exact),
       reference_(make_reference()),
       direct_(direct ? std::make_unique<direct::Direct>(direct::KnownCode{known_instructions, this}) : nullptr),
-      cache_(wanted_code_bytes()) {
-  void* memory =
-      mmap(nullptr, sizeof(Context), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  context_ = new (memory) Context;
+      own_memory_(memory ? nullptr : std::make_unique<CodeMemory>()),
+      cache_(memory ? *memory : *own_memory_) {
+  void* at = mmap(nullptr, sizeof(Context), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) throw std::bad_alloc();
+  context_ = new (at) Context;
   context_->translator = this;
   context_->self = context_;
   context_->x87_missing = 1;
@@ -334,10 +330,7 @@ Block* Translator::block_at_rip(bool single_checks) {
         note_place(s.rip, *page);
       return block;
     }
-    if (page)
-      cache_.evict();
-    else
-      cache_.clear();
+    cache_.evict();
     flush_jumps();
   }
   return nullptr;
@@ -476,6 +469,10 @@ void Translator::enter(x86::Cpu& cpu, const std::atomic<u32>& attention, void (*
   context_->link_site = 0;
   context_->wants_checks = 0;
   forget_system_calls();
+  if (cache_.is_asked()) [[unlikely]] {
+    flush_jumps();
+    cache_.give_back();
+  }
   if (!std::exchange(keep_code_, false)) {
     ++epoch_;
     flush_jumps();

@@ -19,7 +19,8 @@ namespace anykvm::engine::translate {
 
 class Translator final : public Engine {
  public:
-  explicit Translator(bool exact = false, bool direct = false);
+  /// memory: what it shares with other vCPUs, and outlives it; nullptr: it has its own.
+  explicit Translator(bool exact = false, bool direct = false, CodeMemory* memory = nullptr);
   ~Translator() override;
   Translator(const Translator&) = delete;
   Translator& operator=(const Translator&) = delete;
@@ -136,7 +137,8 @@ class Translator final : public Engine {
   const bool exact_;
   x86::Cpu* cpu_ = nullptr;
   std::unique_ptr<Reference> reference_;
-  std::unique_ptr<direct::Direct> direct_;  ///< nullptr: all code is translated
+  std::unique_ptr<direct::Direct> direct_;        ///< nullptr: all code is translated
+  const std::unique_ptr<CodeMemory> own_memory_;  ///< where nobody shares its
   CodeCache cache_;
   Decoder decoder_;
   Context* context_;
