@@ -255,10 +255,8 @@ bool copy_pages(u64 begin, u64 end, u8* to) {
     good = pread(pagemap, entries, bytes, off_t(at / page_size * sizeof(u64))) == ssize_t(bytes);
     for (u64 n = 0; good && n < count; ++n, at += page_size) {
       if (!(entries[n] & present_or_swapped)) continue;
-      const u64* const words = reinterpret_cast<const u64*>(at);
-      if (std::all_of(words, words + page_size / sizeof(u64), [](u64 word) { return word == 0; })) continue;
       good = (copied += page_size) <= most_copied;
-      if (good) std::memcpy(to + (at - begin), words, page_size);
+      if (good) std::memcpy(to + (at - begin), reinterpret_cast<const void*>(at), page_size);
     }
   }
   close_file(pagemap);

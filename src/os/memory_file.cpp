@@ -32,4 +32,11 @@ Mapping::~Mapping() {
   if (data_) munmap(data_, size_);
 }
 
+Mapping Mapping::lazy(std::size_t size) {
+  Mapping mapping;
+  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data != MAP_FAILED) mapping.data_ = data, mapping.size_ = size;
+  return mapping;
+}
+
 }  // namespace anykvm::os

@@ -13,7 +13,7 @@ int create_memory_file(const char* name, std::size_t size);
 /// close(2) past an interposer, which may stand in the place of close().
 void close_file(int fd);
 
-/// A shared mapping, unmapped at the end. Empty when it failed.
+/// A mapping, unmapped at the end; a shared one of a file unless it says otherwise. Empty when it failed.
 class Mapping {
  public:
   Mapping() = default;
@@ -28,7 +28,12 @@ class Mapping {
   }
   ~Mapping();
 
+  /// Private zeros, which take no memory before they are touched; empty: there are none to be had.
+  static Mapping lazy(std::size_t size);
+
   void* data() const { return data_; }
+  /// It stays mapped.
+  void* release() { return std::exchange(data_, nullptr); }
   std::size_t size() const { return size_; }
 
  private:

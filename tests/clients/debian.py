@@ -76,7 +76,7 @@ class Shell:
 
 def main():
     parser = harness.arguments(__doc__)
-    parser.add_argument("--engine", default="translate")
+    parser.add_argument("--engine", default="direct")
     parser.add_argument("--cpus", type=int, default=1)
     options = parser.parse_args()
     harness.require_tool(options.anykvm)

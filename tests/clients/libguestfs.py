@@ -30,7 +30,7 @@ def missing():
 
 def main():
     parser = harness.arguments(__doc__)
-    parser.add_argument("--engine", default="translate")
+    parser.add_argument("--engine", default="direct")
     options = parser.parse_args()
     harness.require_tool(options.anykvm)
     if problem := missing():

@@ -325,6 +325,34 @@ def migration(options, folder):
         target.end()
 
 
+def postcopy(options, folder):
+    """The guest runs on the second QEMU before its memory is there: the pages come as they are asked for."""
+    line = [*accelerated(options), "-smp", "2", *direct(options, folder, COUNTER)]
+    socket_path = f"unix:{folder}/migration"
+    capabilities = [{"capability": "postcopy-ram", "state": True}]
+    with Machine(folder, "source", line) as source, Machine(folder, "target", [*line, "-incoming", "defer"]) as target:
+        _, counted = count(source, 0)
+        for machine in (source, target):
+            machine.command("migrate-set-capabilities", capabilities=capabilities)
+        source.command("migrate-set-parameters", **{"max-bandwidth": 4 * MIB})  # so that it does not end before
+        target.command("migrate-incoming", uri=socket_path)
+        source.command("migrate", uri=socket_path)
+        while source.command("query-migrate").get("status") not in ("active", "failed"):
+            time.sleep(0.05)
+        source.command("migrate-start-postcopy")
+        while (status := source.command("query-migrate").get("status")) not in ("completed", "failed"):
+            if status == "postcopy-active":
+                source.command("migrate-set-parameters", **{"max-bandwidth": 1024 * MIB, "max-postcopy-bandwidth": 0})
+            time.sleep(0.1)
+        source.check(status == "completed", f"the migration's status is '{status}'")
+        first, _ = count(target, 0, 5)
+        target.check(first >= counted, "the guest went back")
+        source.command("quit")
+        source.end()
+        target.command("quit")
+        target.end()
+
+
 class Debugger:
     """The little of GDB's remote protocol that the test needs."""
 
@@ -428,7 +456,7 @@ def user_code(options, folder):
             time.sleep(0.05)
 
 
-TESTS = [virtio, virtio_console, grub_virtio, grub_ide, ovmf, e1000, reset, stop, snapshot, migration, gdbstub, user_code]
+TESTS = [virtio, virtio_console, grub_virtio, grub_ide, ovmf, e1000, reset, stop, snapshot, migration, postcopy, gdbstub, user_code]
 
 
 def main():

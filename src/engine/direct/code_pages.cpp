@@ -1,7 +1,5 @@
 #include "engine/direct/code_pages.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -28,8 +26,9 @@ class Flow {
     std::memset(length_, 0, sizeof length_);
     waiting_count_ = 0;
   }
-  /// A page in the neighbourhood, `distance` pages from the center.
+  /// A page in the neighbourhood, `distance` pages from the center; nullptr: there is none.
   void add(s64 distance, const u8* host) { host_[nearby + distance] = host; }
+  const u8* page(s64 distance) const { return host_[nearby + distance]; }
 
   /// Follows from the instructions that are known of a page.
   void follow(s64 distance, const u64 (&begins)[64]) {
@@ -100,9 +99,8 @@ class Proofs {
   void add(const u8* page, bool hides_xsave, u64 patched) {
     const std::scoped_lock lock(adding_);
     if (!proofs_) {
-      void* const memory = mmap(nullptr, most * sizeof(Proof), PROT_READ | PROT_WRITE,
-                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (memory == MAP_FAILED) return;
+      void* const memory = os::Mapping::lazy(most * sizeof(Proof)).release();
+      if (!memory) return;
       proofs_ = static_cast<Proof*>(memory);
     }
     const unsigned n = count_.load(std::memory_order_relaxed);
@@ -131,30 +129,21 @@ static_assert(std::is_trivially_destructible_v<Proofs>);  // vCPUs may outlive s
 }  // namespace
 
 CodePages::~CodePages() {
-  if (flow_) munmap(flow_, sizeof(Flow));
-  if (copies_) munmap(copies_, copies_bytes);
-  if (originals_) munmap(originals_, most_copies * sizeof(Copy));
   if (fd_ >= 0) os::close_file(fd_);
 }
 
 bool CodePages::begin() {
   count_ = 0;
   std::memset(failures_, 0, sizeof failures_);
-  if (copies_) return true;
-  fd_ = os::create_memory_file("anykvm code", copies_bytes);
-  void* const copies = fd_ < 0 ? MAP_FAILED : mmap(nullptr, copies_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
-  void* const originals = mmap(nullptr, most_copies * sizeof(Copy), PROT_READ | PROT_WRITE,
-                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  void* const flow =
-      mmap(nullptr, sizeof(Flow), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (flow != MAP_FAILED) flow_ = flow;
-  if (copies != MAP_FAILED) copies_ = static_cast<u8*>(copies);
-  if (originals != MAP_FAILED) originals_ = static_cast<Copy*>(originals);
-  return copies_ && originals_ && flow_;
+  if (fd_ < 0) fd_ = os::create_memory_file("anykvm code", copies_bytes);
+  if (fd_ >= 0 && !copies()) copies_ = os::Mapping(fd_, copies_bytes);
+  if (!originals()) originals_ = os::Mapping::lazy(most_copies * sizeof(Copy));
+  if (!flow_.data()) flow_ = os::Mapping::lazy(sizeof(Flow));
+  return copies() && originals() && flow_.data();
 }
 
 bool CodePages::is_current(int copy) const {
-  const Copy& known = originals_[copy];
+  const Copy& known = originals()[copy];
   return translate::SharedCode::is_watched(u64(known.host)) && !std::memcmp(known.host, known.original, page_size);
 }
 
@@ -162,10 +151,10 @@ int CodePages::judge(const u8* host, Gva page, const KnownCode& known, bool hide
                      const std::function<const u8*(Gva page)>& host_of) {
   if (!find_suspects(host, hides_xsave, nullptr, 0)) return as_it_is;
   for (unsigned n = 0; n < count_; ++n)
-    if (originals_[n].host == host && is_current(int(n))) return int(n);
+    if (originals()[n].host == host && is_current(int(n))) return int(n);
   if (count_ == most_copies) return unwanted;
   // What is proven is so of this copy, whoever writes to the page meanwhile.
-  Copy& copy = originals_[count_];
+  Copy& copy = originals()[count_];
   copy.host = host;
   std::memcpy(copy.original, host, page_size);
   constexpr unsigned most_suspects = 64;
@@ -177,7 +166,7 @@ int CodePages::judge(const u8* host, Gva page, const KnownCode& known, bool hide
     if (!prove(copy, page, known, {suspects, count}, host_of, patched)) return unwanted;
     proofs.add(copy.original, hides_xsave, patched);
   }
-  u8* const runs = copies_ + count_ * page_size;
+  u8* const runs = copies() + count_ * page_size;
   std::memcpy(runs, copy.original, page_size);
   for (; patched; patched &= patched - 1) {
     const unsigned offset = suspects[std::countr_zero(patched)].offset;
@@ -199,7 +188,7 @@ bool CodePages::prove(const Copy& copy, Gva page, const KnownCode& known, std::s
   if (failure.host == copy.host && known_count < failure.known + failure.known / 4) return false;
   failure = {copy.host, known_count};
 
-  Flow& flow = *static_cast<Flow*>(flow_);
+  Flow& flow = *static_cast<Flow*>(flow_.data());
   flow.begin(copy.original);
   flow.follow(0, begins);
   const auto proven = [&] {
@@ -211,9 +200,9 @@ bool CodePages::prove(const Copy& copy, Gva page, const KnownCode& known, std::s
   if (!proven()) {
     // What leads there from near.
     for (s64 distance = -Flow::nearby; distance <= Flow::nearby; ++distance)
-      if (const u8* near = distance ? host_of(page + u64(distance) * page_size) : nullptr) flow.add(distance, near);
+      if (distance) flow.add(distance, host_of(page + u64(distance) * page_size));
     for (s64 distance = -Flow::nearby; distance <= Flow::nearby && !proven(); ++distance) {
-      const u8* const near = distance ? host_of(page + u64(distance) * page_size) : nullptr;
+      const u8* const near = distance ? flow.page(distance) : nullptr;
       u64 others[64] = {};
       if (near && known.instructions(known.arg, near, others)) flow.follow(distance, others);
     }

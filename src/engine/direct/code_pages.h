@@ -10,6 +10,7 @@
 #include <span>
 
 #include "engine/direct/page_scan.h"
+#include "os/memory_file.h"
 
 namespace anykvm::engine::direct {
 
@@ -55,10 +56,12 @@ class CodePages {
   bool prove(const Copy& copy, Gva page, const KnownCode& known, std::span<const Suspect> suspects,
              const std::function<const u8*(Gva page)>& host_of, u64& patched);
 
+  u8* copies() const { return static_cast<u8*>(copies_.data()); }
+  Copy* originals() const { return static_cast<Copy*>(originals_.data()); }
+
   int fd_ = -1;
-  u8* copies_ = nullptr;
-  Copy* originals_ = nullptr;
-  void* flow_ = nullptr;  ///< code_pages.cpp's Flow
+  os::Mapping copies_, originals_;
+  os::Mapping flow_;  ///< code_pages.cpp's Flow
   unsigned count_ = 0;
   Failure failures_[256] = {};
 };

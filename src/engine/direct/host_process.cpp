@@ -114,23 +114,21 @@ std::mutex starting;
 
 Zygote::Area& Zygote::area(unsigned n) const {
   static_assert(sizeof(Area) == STUB_COMMANDS_SIZE + STUB_BLOCK_SIZE);
-  return *reinterpret_cast<Area*>(memory_ + file_offset(n));
+  return *reinterpret_cast<Area*>(static_cast<u8*>(memory_.data()) + file_offset(n));
 }
 
 bool Zygote::start(std::span<const int> files) {
   if (!host_has_what_it_takes()) return false;
   memory_fd_ = os::create_memory_file("anykvm user code", memory_bytes);
   if (memory_fd_ < 0) return false;
-  void* const mapped = mmap(nullptr, memory_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_fd_, 0);
+  memory_ = os::Mapping(memory_fd_, memory_bytes);
   int sockets[2];
-  if (mapped == MAP_FAILED || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) != 0) {
-    if (mapped != MAP_FAILED) munmap(mapped, memory_bytes);
-    os::close_file(std::exchange(memory_fd_, -1));
+  if (!memory_.data() || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) != 0) {
+    stop();
     return false;
   }
-  memory_ = static_cast<u8*>(mapped);
   socket_ = sockets[0];
-  std::memcpy(memory_, anykvm_stub_begin, std::size_t(anykvm_stub_end - anykvm_stub_begin));
+  std::memcpy(memory_.data(), anykvm_stub_begin, std::size_t(anykvm_stub_end - anykvm_stub_begin));
 
   // It begins by getting rid of all that it has of this process.
   Commands& commands = area(0).commands;
@@ -205,7 +203,7 @@ void Zygote::stop() {
     waitpid(pid_, nullptr, __WCLONE);
     pid_ = 0;
   }
-  if (memory_) munmap(std::exchange(memory_, nullptr), memory_bytes);
+  memory_ = {};
   if (memory_fd_ >= 0) os::close_file(std::exchange(memory_fd_, -1));
 }
 

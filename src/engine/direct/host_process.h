@@ -12,6 +12,7 @@
 #include <span>
 
 #include "engine/direct/stub_layout.h"
+#include "os/memory_file.h"
 
 namespace anykvm::engine::direct {
 
@@ -47,7 +48,7 @@ class Zygote {
   unsigned next_area_ = 0;
   u32 used_areas_ = 0;  ///< one bit each
   static_assert(areas == 32);
-  u8* memory_ = nullptr;  ///< the code, then one area for the zygote and one for each process
+  os::Mapping memory_;  ///< the code, then one area for the zygote and one for each process
 };
 
 class HostProcess {

@@ -23,15 +23,12 @@ constexpr u64 large_page_pages = 512;
 
 }  // namespace
 
-Mirror::Mirror() {
-  void* memory = mmap(nullptr, slots * (sizeof(Page) + sizeof(u32)), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  table_ = static_cast<Page*>(memory);
-  used_ = reinterpret_cast<u32*>(table_ + slots);
+Mirror::Mirror()
+    : memory_(os::Mapping::lazy(slots * (sizeof(Page) + sizeof(u32)))),
+      table_(static_cast<Page*>(memory_.data())),
+      used_(reinterpret_cast<u32*>(table_ + slots)) {
+  if (!table_) throw std::bad_alloc();
 }
-
-Mirror::~Mirror() { munmap(table_, slots * (sizeof(Page) + sizeof(u32))); }
 
 void Mirror::clear() {
   if (count_) madvise(table_, slots * sizeof(Page), MADV_DONTNEED);
@@ -89,10 +86,14 @@ void Mirror::map_copy(Gva page, const u8* host, int copy) {
   copied_[copied_count_++] = {page, copy};
 }
 
+/// It has not the copy of the page any more.
+void Mirror::drop_copy(Gva page) {
+  for (unsigned n = 0; n < copied_count_; ++n)
+    if (copied_[n].page == page) copied_[n--] = copied_[--copied_count_];
+}
+
 void Mirror::drop(Page& page) {
-  if (page.guest & copied)
-    for (unsigned n = 0; n < copied_count_; ++n)
-      if (copied_[n].page == (page.guest & page_mask)) copied_[n--] = copied_[--copied_count_];
+  if (page.guest & copied) drop_copy(page.guest & page_mask);
   page.guest &= page_mask;
 }
 
@@ -120,10 +121,7 @@ Mirror::Fault Mirror::resolve(x86::Cpu& cpu, Gva address, Access access, const K
   const Page before = slot_of(page);
   const auto had = Rights(before.guest && before.host == u64(host) ? before.guest & rights_bits : 0);
   if ((had & wanted) == wanted) return Fault::guests;  // it is not for want of a mapping
-  if (had & copied) {                                  // it is going to have the page itself
-    for (unsigned n = 0; n < copied_count_; ++n)
-      if (copied_[n].page == page) copied_[n--] = copied_[--copied_count_];
-  }
+  if (had & copied) drop_copy(page);                   // it is going to have the page itself
   if (count_ > most_pages || calls_ > most_calls) forget_all();
 
   if (how >= 0) return map_copy(page, host, how), Fault::mapped;

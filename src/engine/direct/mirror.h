@@ -5,6 +5,7 @@
 #include "engine/direct/code_pages.h"
 #include "engine/direct/guest_ram.h"
 #include "engine/direct/host_process.h"
+#include "os/memory_file.h"
 #include "x86/paging.h"
 
 namespace anykvm::engine::direct {
@@ -12,7 +13,6 @@ namespace anykvm::engine::direct {
 class Mirror {
  public:
   Mirror();
-  ~Mirror();
   Mirror(const Mirror&) = delete;
   Mirror& operator=(const Mirror&) = delete;
 
@@ -56,14 +56,16 @@ class Mirror {
   int judge(x86::Cpu& cpu, const u8* host, Gva page, const KnownCode& known);
   void map_copy(Gva page, const u8* host, int copy);
   void drop(Page& page);
+  void drop_copy(Gva page);
   void map_around(x86::Cpu& cpu, Gva page, bool large);
   void map_run(Gva begin, u64 pages, const u8* host, Rights rights);
 
   HostProcess* process_ = nullptr;
   const GuestRam* ram_ = nullptr;
   CodePages* code_ = nullptr;
-  Page* table_;  ///< [slots], open addressing
-  u32* used_;    ///< [count_]: which slots are not free
+  const os::Mapping memory_;
+  Page* const table_;  ///< [slots], open addressing
+  u32* const used_;    ///< [count_]: which slots are not free
   u32 count_ = 0, calls_ = 0;
   u64 flushes_seen_ = 0;
   /// Pages of which it has a copy.
