@@ -65,11 +65,13 @@ constexpr u32 native(CpuidWord word) {
   }
 }
 
-/// What the machine provides whatever the host is: paging, modes, system registers, the local APIC.
+/// What the machine provides whatever the host is: paging, modes, system registers, the local APIC. Not the APIC's
+/// deadline timer: it is the client's to add, for KVM_CAP_TSC_DEADLINE_TIMER, where it has not an APIC of its own
+/// (api.rst 4.46).
 constexpr u32 provided(CpuidWord word) {
   using enum Feature;
   switch (word) {
-    case CpuidWord::leaf1_ecx: return bits({pcid, x2apic, tsc_deadline, hypervisor});
+    case CpuidWord::leaf1_ecx: return bits({pcid, x2apic, hypervisor});
     case CpuidWord::leaf1_edx: return bits({vme, de, pse, msr, pae, mce, apic, sep, mtrr, pge, mca, pat, pse36});
     case CpuidWord::leaf7_ebx: return bits({fsgsbase, tsc_adjust, smep, invpcid, smap});
     case CpuidWord::leaf7_ecx: return bits({umip, rdpid});

@@ -59,10 +59,9 @@ TEST(SupportedCpuid, MarksIndexedLeaves) {
 
 TEST(SupportedCpuid, OffersWhatTheMachineProvides) {
   using enum Feature;
-  for (Feature f :
-       {hypervisor, x2apic,  tsc_deadline, pcid,  smep, smap, umip, fsgsbase, invpcid, nx,         gbpages,
-        long_mode,  syscall, rdtscp,       rdpid, apic, mtrr, pat,  mce,      mca,     tsc_adjust, arch_capabilities,
-        sse2,       cx8,     fxsr})
+  for (Feature f : {hypervisor,        x2apic,  pcid,   smep,  smap, umip, fsgsbase, invpcid, nx,  gbpages,
+                    long_mode,         syscall, rdtscp, rdpid, apic, mtrr, pat,      mce,     mca, tsc_adjust,
+                    arch_capabilities, sse2,    cx8,    fxsr})
     EXPECT_TRUE(supports(f)) << std::hex << unsigned(f);
 }
 
@@ -71,9 +70,10 @@ TEST(SupportedCpuid, WithholdsWhatTheEnginesDoNot) {
   for (Feature f : {pku, la57, hle, rtm, osxsave, spec_ctrl, amd_ibpb, virt_ssbd, fxsr_opt})
     EXPECT_FALSE(supports(f)) << std::hex << unsigned(f);
   EXPECT_EQ(supports(avx512f), (supported_xcr0() & xfeature::zmm_hi256) != 0);
-  EXPECT_FALSE(supported(1)->ecx & (1 << 3 | 1 << 5));             // MONITOR, VMX
-  EXPECT_FALSE(supported(0x80000001)->ecx & (1 << 2));             // SVM
-  EXPECT_FALSE(supported(1)->edx & (1 << 28));                     // HTT is the client's
+  EXPECT_FALSE(supported(1)->ecx & (1 << 3 | 1 << 5));  // MONITOR, VMX
+  EXPECT_FALSE(supported(0x80000001)->ecx & (1 << 2));  // SVM
+  EXPECT_FALSE(supported(1)->edx & (1 << 28));          // HTT is the client's
+  EXPECT_FALSE(supported(1)->ecx & (1 << 24));          // the deadline timer, too: not every client's APIC has it
   EXPECT_FALSE(supported(7)->ebx & (1 << 2 | 1 << 14 | 1 << 25));  // SGX, MPX, PT
   if (const kvm_cpuid_entry2* pmu = supported(0xa)) {
     EXPECT_EQ(pmu->eax | pmu->ebx | pmu->ecx | pmu->edx, 0u);
