@@ -334,6 +334,63 @@ static void handler(void) {
 }
 
 /* Until it is told to end. */
+static int wait_for(pid_t child);
+
+/* Memory of the engine direct is in a file; MOVED_TO_A_FILE says that it has to be. */
+static int is_in_a_file(const void* address) {
+  FILE* maps = fopen("/proc/self/maps", "r");
+  char line[512];
+  int found = 0;
+  while (fgets(line, sizeof line, maps)) {
+    unsigned long begin, end;
+    if (sscanf(line, "%lx-%lx", &begin, &end) == 2 && begin <= (unsigned long)address && end > (unsigned long)address)
+      found = strstr(line, "memfd:guest RAM") != NULL;
+  }
+  fclose(maps);
+  return found;
+}
+
+/* What private memory has to be to its owner, whatever KVM does with it. */
+static void memory(void) {
+  const size_t page = 4096, size = 8 << 20;
+  int vm = ioctl(open_kvm(), KVM_CREATE_VM, 0);
+  volatile char* ram = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  CHECK(vm >= 0 && ram != MAP_FAILED && madvise((void*)ram, size, MADV_DONTFORK) == 0);
+  ram[0] = ram[page] = ram[size - 1] = 1;
+  struct kvm_userspace_memory_region slot = {.memory_size = size, .userspace_addr = (unsigned long)ram};
+  CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot) == 0);
+  CHECK(is_in_a_file((void*)ram) == (getenv("MOVED_TO_A_FILE") != NULL));
+  CHECK(ram[0] == 1 && ram[page] == 1 && ram[size - 1] == 1 && ram[2 * page] == 0);
+  int descriptors = count_in("/proc/self/fd");
+  CHECK(madvise((void*)(ram + page), page, MADV_DONTNEED) == 0);
+  CHECK(ram[0] == 1 && ram[page] == 0 && ram[size - 1] == 1);
+  ram[page] = 2;
+  CHECK(madvise((void*)ram, size / 2, MADV_FREE) == 0 && ram[size - 1] == 1);
+
+  pid_t child = fork();
+  if (child == 0) {
+    unsigned char there;
+    _exit(mincore((void*)ram, page, &there) == -1 && errno == ENOMEM ? 0 : 1);
+  }
+  CHECK(wait_for(child) == 0);
+
+  /* Another mapping in the middle of it is another mapping. */
+  volatile char* other =
+      mmap((void*)(ram + 4 * page), page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_ANONYMOUS, -1, 0);
+  CHECK(other == ram + 4 * page);
+  other[0] = ram[3 * page] = ram[5 * page] = 3;
+  CHECK(madvise((void*)(ram + 3 * page), 3 * page, MADV_DONTNEED) == 0);
+  CHECK(ram[3 * page] == 0 && other[0] == 3 && ram[5 * page] == 0);
+
+  volatile char* grown = mremap((void*)(ram + 5 * page), size - 5 * page, size, MREMAP_MAYMOVE);
+  CHECK(grown != MAP_FAILED && grown[size - 5 * page - 1] == 1 && grown[size - 1] == 0);
+  CHECK(mprotect((void*)grown, page, PROT_NONE) == 0 && mprotect((void*)grown, page, PROT_READ | PROT_WRITE) == 0);
+  slot.memory_size = 0;
+  CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot) == 0);
+  CHECK(munmap((void*)grown, size) == 0 && munmap((void*)ram, 5 * page) == 0);
+  CHECK(count_in("/proc/self/fd") == descriptors - (getenv("MOVED_TO_A_FILE") != NULL));
+}
+
 static void linger(void) {
   static const unsigned char code[] = {0xe4, 0x20, 0xeb, 0xfc}; /* again: in al, 0x20; jmp again */
   struct machine m = new_machine(code, sizeof code);
@@ -565,7 +622,8 @@ int main(int count, char** arguments) {
                {"threads", threads},
                {"machines", machines},
                {"raw_handler", raw_handler},
-               {"handler", handler}};
+               {"handler", handler},
+               {"memory", memory}};
   for (unsigned i = 0; i < sizeof cases / sizeof cases[0]; ++i)
     if (count == 2 && strcmp(arguments[1], cases[i].name) == 0) {
       cases[i].run();
