@@ -25,7 +25,7 @@ packages:
 	@scripts/setup build
 
 guests:
-	@scripts/fetch-guests 6.1 6.12 6.1-generic
+	@scripts/fetch-guests 6.1 6.12 6.1-generic 6.1-i386
 
 # What tests run in the guests.
 programs:

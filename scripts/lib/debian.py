@@ -8,14 +8,18 @@ class Error(Exception):
     pass
 
 
-def indexes(cache):
+def indexes(cache, architecture=None):
     """apt options for the system's package index, then for one of our own under cache/: the system's may be missing or
-    stale, and we may not be root to refresh it."""
-    yield []
-    state = cache / "apt"
+    stale, and we may not be root to refresh it. It does not know another architecture's packages at all."""
+    if not architecture:
+        yield []
+    state = cache / (f"apt-{architecture}" if architecture else "apt")
     for folder in ("lists/partial", "archives/partial"):
         (state / folder).mkdir(parents=True, exist_ok=True)
     own = ["-o", f"Dir::State::Lists={state}/lists", "-o", f"Dir::Cache={state}", "-o", "APT::Sandbox::User="]
+    if architecture:
+        own += ["-o", f"APT::Architecture={architecture}", "-o", f"APT::Architectures::={architecture}",
+                "-o", "Dir::State::status=/dev/null"]
     _run(["apt-get", *own, "-q", "update"])
     yield own
 

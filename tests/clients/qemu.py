@@ -29,6 +29,7 @@ def main():
     parser = harness.arguments(__doc__)
     parser.add_argument("--engine", default="direct")
     parser.add_argument("--watch", help="instead of `anykvm run`: LD_PRELOAD with tests/preload/run_path.c in front")
+    parser.add_argument("--guest", default="6.1", help="of scripts/fetch-guests")
     parser.add_argument("--machine", default="q35")
     parser.add_argument("--cpu", default="host", help="CPU model")
     parser.add_argument("--cpus", type=int, default=1)
@@ -36,7 +37,7 @@ def main():
     options = parser.parse_args()
     qemu = qemu_machine.require()
     harness.require_tool(options.anykvm)
-    guest = harness.Guest("6.1")
+    guest = harness.Guest(options.guest)
     with tempfile.TemporaryDirectory() as folder:
         initrd = harness.write_initrd(folder, guest, TASK)
         result = harness.run(
