@@ -92,24 +92,6 @@ TEST_F(TranslatorTest, DividesInABlock) {
   EXPECT_EQ(regs().rdx, 2u);
 }
 
-/// The look into the TLB for the return address would set CF.
-TEST_F(TranslatorTest, ACallKeepsTheFlagsThatTheCalleeReads) {
-  auto& vcpu = add_vcpu();
-  start_long_mode(vcpu, {
-                            0xb3, 0x05,              // mov bl, 5
-                            0xf8,                    // clc
-                            0xe8, 0x01, 0, 0, 0,     // call +1
-                            0xf4,                    // hlt
-                            0xeb, 0x02, 0x0f, 0x0b,  // jmp +2; ud2
-                            0xb1, 0x07,              // mov cl, 7
-                            0x0f, 0x92, 0xc3,        // setc bl
-                            0x31, 0xc0,              // xor eax, eax
-                            0xc3,                    // ret
-                        });
-  ASSERT_EQ(vcpu.run(), 0);
-  EXPECT_EQ(regs().rbx & 0xff, 0u);
-}
-
 TEST_F(TranslatorTest, UnmaskedSimdExceptionFindsTheVectorRegisters) {
   auto& vcpu = add_vcpu();
   start_long_mode(vcpu, {

@@ -38,11 +38,8 @@ bool flags_dead_at(const BlockRequest& request, unsigned offset, u64& lines) {
     if (g.what.flags_read & live) return false;
     live &= ~u32(g.what.flags_killed);
     if (!live) return true;
+    if (ends_block(g.what.kind) || g.what.kind == Kind::jump_if) return false;
     offset += g.length;
-    if (g.what.kind == Kind::jump || g.what.kind == Kind::call)
-      offset += u32(g.immediate);  // in another page: behind this one
-    else if (ends_block(g.what.kind) || g.what.kind == Kind::jump_if)
-      return false;
   }
   return false;
 }
@@ -114,8 +111,7 @@ void Translation::collect() {
   };
   u32 live = all_flags;
   if (falls_through_ && dead(falls_to_)) live = 0;
-  const bool is_direct = last.what.kind == Kind::jump || last.what.kind == Kind::call;
-  if (is_direct && dead(branch_target(last))) live = 0;
+  if (last.what.kind == Kind::jump && dead(branch_target(last))) live = 0;
   exit_flags_live_ = live != 0;
   for (unsigned n = count_; n-- > 0;) {
     Guest& g = guests_[n];
@@ -348,7 +344,7 @@ void Translation::push_target(const Guest& g, unsigned n, bool flags_live) {
 }
 
 void Translation::push_return_address(const Guest& g, unsigned n) {
-  const Place place = on_stack(g, n, -word(), true, g.flags_live);
+  const Place place = on_stack(g, n, -word(), true, true);
   if (g.what.kind == Kind::call_indirect && wide()) {
     a_.load_from(index_scratch, place, true);
     a_.store(offsetof(Context, replaced), index_scratch);
@@ -426,7 +422,7 @@ void Translation::emit(unsigned n) {
     case Kind::read_time: emit_read_time(g, n); break;
     case Kind::call:
       push_return_address(g, n);
-      link(branch_target(g), exit_flags_live_, n);
+      link(branch_target(g), true, n);
       break;
     case Kind::jump_indirect:
     case Kind::call_indirect: {
