@@ -106,11 +106,12 @@ mapper:
     jmp mapper
 serve:
     movl COMMANDS + STUB_COMMANDS_SEQUENCE(%rip), %r12d
+    movl COMMANDS + STUB_COMMANDS_THEN_GO(%rip), %r13d  # the next commands may come as soon as these are done
     make_calls
     movl %r12d, BLOCK + STUB_BLOCK_DONE(%rip)
     movl $1, %edx
-    cmpl $0, COMMANDS + STUB_COMMANDS_THEN_GO(%rip)
-    jne then_go
+    testl %r13d, %r13d
+    jnz then_go
     futex BLOCK+STUB_BLOCK_DONE, FUTEX_WAKE
     jmp mapper
 then_go:
