@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <mutex>
 #include <utility>
@@ -43,6 +44,8 @@ u64 address_of(const unsigned char* symbol) { return area_address + u64(symbol -
 long futex(u32& word, int operation, u32 value, const timespec* timeout = nullptr) {
   return syscall(SYS_futex, &word, operation, value, timeout, nullptr, 0);
 }
+/// All who wait: one that was killed may still stand in the queue, in front of the process that has its area now.
+void wake(u32& word) { futex(word, FUTEX_WAKE, INT_MAX); }
 u32 load(const u32& word) { return __atomic_load_n(&word, __ATOMIC_SEQ_CST); }
 
 timespec in_future(u64 ns) {
@@ -281,7 +284,7 @@ void HostProcess::send_calls(bool then_go) {
   commands().count = std::exchange(calls_, 0);
   commands().then_go = then_go;
   __atomic_store_n(&commands().sequence, ++sequence_, __ATOMIC_SEQ_CST);
-  futex(commands().sequence, FUTEX_WAKE, 1);
+  wake(commands().sequence);
 }
 
 /// And waits until they have been made.
@@ -296,7 +299,7 @@ void HostProcess::make_calls() {
 void HostProcess::go() {
   if (calls_) return send_calls(true);
   __atomic_add_fetch(&block().go, 1, __ATOMIC_SEQ_CST);
-  futex(block().go, FUTEX_WAKE, 1);
+  wake(block().go);
 }
 
 HostProcess::Stop HostProcess::wait(std::atomic<u32>& attention, const volatile u8* immediate_exit) {

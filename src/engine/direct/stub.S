@@ -13,6 +13,8 @@
 
 #define FUTEX_WAIT 0
 #define FUTEX_WAKE 1
+# A runner that was killed may still stand in the queue, in front of the one that has its area now.
+#define EVERY_WAITER 0x7fffffff
 #define SIGCHLD 17
 # CLONE_VM, _FS, _FILES, _SIGHAND, _THREAD, _SYSVSEM
 #define A_THREAD (0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000)
@@ -109,7 +111,7 @@ serve:
     movl COMMANDS + STUB_COMMANDS_THEN_GO(%rip), %r13d  # the next commands may come as soon as these are done
     make_calls
     movl %r12d, BLOCK + STUB_BLOCK_DONE(%rip)
-    movl $1, %edx
+    movl $EVERY_WAITER, %edx
     testl %r13d, %r13d
     jnz then_go
     futex BLOCK+STUB_BLOCK_DONE, FUTEX_WAKE
